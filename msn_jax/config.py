@@ -1,0 +1,171 @@
+"""Every setting of the package, as frozen dataclasses. No arrays, no jax."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """A setting that this package cannot honour; the message names it and what is accepted."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Rotary position scaling: `linear` (Chen et al. 2023) or `llama3` (Llama 3.1)."""
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of a LLaMA-family decoder. Letters in comments are the shape key of README.md."""
+
+    vocab_size: int  # V
+    embed: int  # D
+    layers: int  # L
+    heads: int  # N
+    kv_heads: int  # K
+    head_dim: int  # H
+    mlp: int  # F
+    max_position: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_embeddings: bool = False
+
+    def __post_init__(self):
+        if self.heads % self.kv_heads:
+            raise ConfigError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim {self.head_dim} is odd; rotary embeddings need an even one")
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one kv head (G)."""
+        return self.heads // self.kv_heads
+
+    @classmethod
+    def from_hf(cls, hf: dict[str, Any]) -> ModelConfig:
+        """Read a Hugging Face `config.json`.
+
+        Raises ConfigError for a field whose value this model does not compute.
+        """
+        known = {"llama"}
+        if hf.get("model_type") not in known:
+            raise ConfigError(
+                f"config.json: model_type {hf.get('model_type')!r} is not supported; accepted: {', '.join(known)}"
+            )
+        only = {
+            "hidden_act": ("silu",),
+            "attention_bias": (False, None),
+            "mlp_bias": (False, None),
+            "sliding_window": (None,),
+            "partial_rotary_factor": (1.0, None),
+            "pretraining_tp": (1, None),
+            "quantization_config": (None,),
+        }
+        for field, accepted in only.items():
+            if hf.get(field, accepted[0]) not in accepted:
+                raise ConfigError(
+                    f"config.json: {field} = {hf[field]!r} is not supported; accepted: {accepted[0]!r}"
+                )
+        try:
+            heads, embed = hf["num_attention_heads"], hf["hidden_size"]
+            max_position = hf["max_position_embeddings"]
+            theta, scaling = _rope_from_hf(hf, max_position)
+            return cls(
+                vocab_size=hf["vocab_size"],
+                embed=embed,
+                layers=hf["num_hidden_layers"],
+                heads=heads,
+                kv_heads=hf.get("num_key_value_heads") or heads,
+                head_dim=hf.get("head_dim") or embed // heads,
+                mlp=hf["intermediate_size"],
+                max_position=max_position,
+                norm_eps=hf["rms_norm_eps"],
+                rope_theta=theta,
+                rope_scaling=scaling,
+                tie_embeddings=hf.get("tie_word_embeddings", False),
+            )
+        except KeyError as e:
+            raise ConfigError(f"config.json: the field {e.args[0]!r} is missing") from None
+
+
+def _rope_from_hf(hf: dict[str, Any], max_position: int) -> tuple[float, RopeScaling | None]:
+    # transformers 5 writes one `rope_parameters`; older files have `rope_theta` and `rope_scaling`,
+    # the oldest of which call the type `type`.
+    rope = dict(hf.get("rope_scaling") or {}) | dict(hf.get("rope_parameters") or {})
+    theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, RopeScaling(kind="linear", factor=rope["factor"])
+    if kind == "llama3":
+        return theta, RopeScaling(
+            kind="llama3",
+            factor=rope["factor"],
+            low_freq_factor=rope["low_freq_factor"],
+            high_freq_factor=rope["high_freq_factor"],
+            original_max_position=rope.get("original_max_position_embeddings", max_position),
+        )
+    raise ConfigError(f"config.json: rope type {kind!r} is not supported; accepted: default, linear, llama3")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """How to generate. All but `method`, `tree` and `batch_size` are traced: changing them compiles nothing."""
+
+    method: str = "tr-jacobi"
+    tree: str | None = None  # None: the measured default of the backend, see decode.tree.tree_set
+    max_new_tokens: int = 256
+    batch_size: int = 1
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int = 0  # 0 keeps all
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, bad, accepted in (
+            ("max_new_tokens", self.max_new_tokens < 1, "1 or more"),
+            ("batch_size", self.batch_size < 1, "1 or more"),
+            ("temperature", not 0 <= self.temperature < float("inf"), "0 (greedy) or a positive number"),
+            ("top_k", self.top_k < 0, "0 (all tokens) or more"),
+            ("top_p", not 0 < self.top_p <= 1, "a number above 0 and up to 1"),
+            ("seed", not 0 <= self.seed < 2**32, "0 to 2**32 - 1"),
+        ):
+            if bad:
+                raise ConfigError(f"{name} = {getattr(self, name)} is not possible; accepted: {accepted}")
+
+
+# Shapes that can be planned and sized without a checkpoint (published configs of the named models).
+SHAPES = {
+    "smollm2-135m": ModelConfig(
+        vocab_size=49152,
+        embed=576,
+        layers=30,
+        heads=9,
+        kv_heads=3,
+        head_dim=64,
+        mlp=1536,
+        max_position=8192,
+        rope_theta=1e5,
+        tie_embeddings=True,
+    ),
+    "llama-3-8b": ModelConfig(
+        vocab_size=128256,
+        embed=4096,
+        layers=32,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        mlp=14336,
+        max_position=8192,
+        rope_theta=5e5,
+    ),
+}

@@ -1,0 +1,223 @@
+"""The decode loop: draft, one tree pass, verify, commit; the whole cycle one compiled program.
+
+The text of a row is `tokens[: last + 1]`, where last = cache.length is the position of the root: the newest token,
+known but not yet run through the model. A cycle runs the root and its drafts, keeps the keys and values of the
+accepted path, and its last emitted token becomes the next root.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array
+
+from msn_jax.config import DecodeConfig, ModelConfig
+from msn_jax.decode import draft, verify
+from msn_jax.decode.tree import TreeSet, TreeSpec
+from msn_jax.model import KVCache, Params, forward, init_cache, unembed, write_cache
+
+MAX_STOP_IDS = 16
+DRAFT_STREAM = 2**32 - 1  # no request has this index: the noise of drafts never meets that of samples
+
+
+@struct.dataclass
+class DecodeState:
+    """All that a cycle reads and writes."""
+
+    tokens: Array  # int32[B, S]: the text by position; unspecified beyond the root
+    cache: KVCache  # keys and values of tokens[:, :length]; length is the position of the root
+    jacobi: Array  # int32[B, J, R]: what the last pass predicts ahead of the root; -1 none
+    limit: Array  # int32[B]: positions that a row may fill, prompt and new tokens
+    done: Array  # bool[B]: a stop token was emitted or the limit reached
+    stopped: Array  # bool[B]: by a stop token
+    accepted: Array  # int32[B, S]: tokens that each pass of the row emitted
+    forwards: Array  # int32[B]: passes of the row
+    passes: Array  # int32[trees]: passes by tree
+    request: Array  # int32[B]: index of the row among all prompts of the call
+    stop_ids: Array  # int32[MAX_STOP_IDS], -1 unused
+    sampling: verify.Sampling
+
+
+@struct.dataclass
+class Progress:
+    """What a chunk shows to the outside: copies, since the state itself is given to the next chunk."""
+
+    tokens: Array  # int32[B, S]
+    last: Array  # int32[B]: position of the newest token
+    done: Array  # bool[B]
+
+
+@struct.dataclass
+class PassResult:
+    """What a tree pass leaves for commit. E is that of the tree set, whichever tree ran."""
+
+    kv: tuple  # per layer k, v [B, K, E, H] of the best path
+    emitted: Array  # int32[B, E]
+    count: Array  # int32[B]: how many of them hold
+    jacobi: Array  # int32[B, J, R]
+
+
+def slots_needed(prompt_tokens: int, max_new_tokens: int, width: int, chunk: int) -> int:
+    """Cache slots for a row: its prompt in whole chunks, its text, and one path written at the very end."""
+    return max(-(-(prompt_tokens - 1) // chunk) * chunk, prompt_tokens + max_new_tokens + width)
+
+
+def bucket(slots: int) -> int:
+    """The cache size that serves `slots`: 256, 512, 768, 1024, then two sizes for each doubling."""
+    for size in (256, 512, 768, 1024):
+        if slots <= size:
+            return size
+    size = 1024
+    while size < slots:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
+    return size
+
+
+def init_state(
+    cfg: ModelConfig,
+    trees: TreeSet,
+    prompts: list[list[int]],
+    decode: DecodeConfig,
+    stop_ids: tuple[int, ...],
+    *,
+    slots: int,
+    requests: list[int] | None = None,
+    dtype=jnp.float32,
+) -> DecodeState:
+    """The state before prefill. prompts: token ids of each row, one or more; slots: see `slots_needed`."""
+    B = len(prompts)
+    tokens = np.zeros((B, slots), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    stops = np.full(MAX_STOP_IDS, -1, np.int32)
+    stops[: len(stop_ids)] = stop_ids
+    cache = init_cache(cfg, B, slots, dtype)
+    return DecodeState(
+        tokens=jnp.asarray(tokens),
+        cache=cache.replace(length=jnp.asarray(lengths - 1)),
+        jacobi=jnp.full((B, *trees.jacobi_shape), -1, jnp.int32),
+        limit=jnp.asarray(lengths + decode.max_new_tokens),
+        done=jnp.zeros(B, bool),
+        stopped=jnp.zeros(B, bool),
+        accepted=jnp.zeros((B, slots), jnp.int32),
+        forwards=jnp.zeros(B, jnp.int32),
+        passes=jnp.zeros(len(trees.trees), jnp.int32),
+        request=jnp.asarray(list(range(B)) if requests is None else requests, jnp.int32),
+        stop_ids=jnp.asarray(stops),
+        sampling=verify.Sampling(
+            temperature=jnp.float32(decode.temperature),
+            top_k=jnp.int32(decode.top_k),
+            top_p=jnp.float32(decode.top_p),
+            seed=jnp.uint32(decode.seed),
+        ),
+    )
+
+
+@partial(jax.jit, static_argnames=("cfg", "chunk"), donate_argnames="cache")
+def prefill_chunk(params: Params, cache: KVCache, tokens: Array, start: Array, *, cfg: ModelConfig, chunk: int) -> KVCache:
+    """Store keys and values of tokens[:, start : start + chunk]; the cache's lengths stay.
+
+    Rows are right-padded: what a shorter row stores beyond its prompt lies above its length and is never read.
+    """
+    B = tokens.shape[0]
+    part = jax.lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1)
+    positions = jnp.broadcast_to(start + jnp.arange(chunk), part.shape)
+    starts = jnp.full(B, start, jnp.int32)
+    _, new = forward(params, cfg, part, positions, None, cache.replace(length=starts))
+    return write_cache(cache, new, starts)
+
+
+def prefill(params: Params, state: DecodeState, *, cfg: ModelConfig, chunk: int) -> DecodeState:
+    """Run every prompt but its last token, the first root, in chunks of one shape."""
+    cache = state.cache
+    for start in range(0, int(cache.length.max()), chunk):
+        cache = prefill_chunk(params, cache, state.tokens, start, cfg=cfg, chunk=chunk)
+    return state.replace(cache=cache)
+
+
+def tree_pass(
+    params: Params, cfg: ModelConfig, trees: TreeSet, tree: TreeSpec, state: DecodeState, retrieval: Array
+) -> PassResult:
+    """Draft, run and verify one tree. Reads the state, writes nothing."""
+    last = state.cache.length
+    key = jax.random.fold_in(jax.random.key(state.sampling.seed), DRAFT_STREAM)
+    key = jax.random.fold_in(key, state.forwards.sum())
+    noise = draft.prefix_tokens(key, state.tokens, last, tree.size)
+    root = jnp.take_along_axis(state.tokens, last[:, None], axis=1)[:, 0]
+    tokens, valid = draft.fill(tree, root, state.jacobi, retrieval, noise)
+
+    positions = last[:, None] + tree.depth
+    hidden, new = forward(params, cfg, tokens, positions, tree.ancestors, state.cache)
+    logits = unembed(params, cfg, hidden)
+
+    target = verify.targets(tree, logits, tokens, valid, last, state.request, state.sampling)
+    best, emitted = verify.accept(tree, tokens, valid, target)
+
+    spare = trees.width - tree.width
+    path = jnp.pad(jnp.asarray(tree.path)[best], ((0, 0), (0, spare)))
+    rows = path[:, None, :, None]
+    return PassResult(
+        kv=tuple((jnp.take_along_axis(k, rows, axis=2), jnp.take_along_axis(v, rows, axis=2)) for k, v in new),
+        emitted=jnp.pad(emitted, ((0, 0), (0, spare))),
+        count=jnp.asarray(tree.depth, jnp.int32)[best] + 1,
+        jacobi=draft.predict_ahead(tree, logits, best, *trees.jacobi_shape),
+    )
+
+
+def commit(state: DecodeState, result: PassResult) -> DecodeState:
+    """Write the accepted path: the only place where cache, text and counters change. Finished rows stay."""
+    rows = jnp.arange(state.tokens.shape[0])
+    last = state.cache.length
+    kept, stopped = verify.cut(result.emitted, result.count, state.limit - last - 1, state.stop_ids)
+    kept = jnp.where(state.done, 0, kept)
+    cache = write_cache(state.cache, result.kv, last)
+    after = last[:, None] + 1 + jnp.arange(result.emitted.shape[1])
+    inside = jnp.arange(result.emitted.shape[1]) < kept[:, None]
+    old = jnp.take_along_axis(state.tokens, after, axis=1)
+    count = jnp.where(state.done, state.accepted[rows, state.forwards], kept)
+    last = last + kept
+    return state.replace(
+        tokens=state.tokens.at[rows[:, None], after].set(jnp.where(inside, result.emitted, old)),
+        cache=cache.replace(length=last),
+        jacobi=result.jacobi,
+        done=state.done | stopped | (last + 1 >= state.limit),
+        stopped=state.stopped | (stopped & ~state.done),
+        accepted=state.accepted.at[rows, state.forwards].set(count),
+        forwards=state.forwards + ~state.done,
+    )
+
+
+def step(params: Params, state: DecodeState, *, cfg: ModelConfig, trees: TreeSet) -> DecodeState:
+    """One cycle: choose a tree, draft, run, verify, commit. Pure; works under any jit and mesh."""
+    retrieval, match = draft.retrieve(state.tokens, state.cache.length, trees.retrieval_tokens)
+    longest = jnp.where(state.done, 0, match).max()
+    choice = (longest >= jnp.asarray(trees.min_match[1:], jnp.int32)).sum()
+    branches = [partial(tree_pass, params, cfg, trees, tree) for tree in trees.trees]
+    result = jax.lax.switch(choice, branches, state, retrieval)
+    return commit(state, result).replace(passes=state.passes.at[choice].add(1))
+
+
+@partial(jax.jit, static_argnames=("cfg", "trees"), donate_argnames="state")
+def run(
+    params: Params, state: DecodeState, cycles: Array, *, cfg: ModelConfig, trees: TreeSet
+) -> tuple[DecodeState, Progress]:
+    """Cycles until every row is done, at most `cycles` of them (0 compiles and does nothing).
+
+    The state is donated. To stream, call it with a few cycles at a time and print the progress of one chunk
+    while the next one runs.
+    """
+
+    def unfinished(carry):
+        cycle, state = carry
+        return (cycle < cycles) & ~state.done.all()
+
+    def cycle(carry):
+        return carry[0] + 1, step(params, carry[1], cfg=cfg, trees=trees)
+
+    _, state = jax.lax.while_loop(unfinished, cycle, (jnp.int32(0), state))
+    return state, Progress(tokens=state.tokens, last=state.cache.length, done=state.done)

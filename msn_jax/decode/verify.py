@@ -1,0 +1,107 @@
+"""Which drafts of a tree are the tokens that plain decoding would have emitted. Array maths, no model."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from msn_jax.decode.tree import TreeSpec
+
+
+@struct.dataclass
+class Sampling:
+    """How the next token is drawn from logits. All traced: changing them compiles nothing."""
+
+    temperature: Array  # float32[]; 0 is greedy
+    top_k: Array  # int32[]; 0 keeps all
+    top_p: Array  # float32[]; 1 keeps all
+    seed: Array  # uint32[]
+
+
+def keep_top(logits: Array, top_k: Array, top_p: Array) -> Array:
+    """Logits [..., V] with those outside top-k, then outside top-p, at -inf. A tie at the boundary is kept."""
+
+    def cut(logits):
+        ordered = -jnp.sort(-logits, axis=-1)
+        V = logits.shape[-1]
+        kept = jnp.arange(V) < jnp.where(top_k > 0, top_k, V)
+        mass = jax.nn.softmax(jnp.where(kept, ordered, -jnp.inf), axis=-1)
+        kept &= jnp.cumsum(mass, axis=-1) - mass < top_p  # the token that crosses top_p stays
+        lowest = jnp.where(kept, ordered, jnp.inf).min(axis=-1, keepdims=True)
+        return jnp.where(logits >= lowest, logits, -jnp.inf)
+
+    return jax.lax.cond((top_k > 0) | (top_p < 1), cut, lambda logits: logits, logits)
+
+
+def sampling_scores(logits: Array, position: Array, request: Array, sampling: Sampling) -> Array:
+    """Scores [B, V] whose argmax is the sampled token at `position` [B] of `request` [B].
+
+    logits / T plus Gumbel noise after top-k and top-p (the Gumbel-max trick). The noise is a function of the
+    seed, the request and the absolute position alone, so every method draws the same token there.
+    """
+
+    def noise(request, position):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(sampling.seed), request), position)
+        return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
+
+    scaled = keep_top(logits / sampling.temperature, sampling.top_k, sampling.top_p)
+    return scaled + jax.vmap(noise)(request, position)
+
+
+def targets(
+    tree: TreeSpec, logits: Array, tokens: Array, valid: Array, position: Array, request: Array, sampling: Sampling
+) -> Array:
+    """The token that plain decoding emits after each node, int32[B, M].
+
+    logits [B, M, V]; tokens, valid [B, M]; position int32[B]: of the root. Greedy: of every node. Sampling walks
+    down from the root and draws only where it comes past; nodes that it misses get -1.
+    """
+
+    def greedy():
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    def sampled():
+        parents = jnp.asarray(tree.parents)
+
+        def draw(carry):
+            depth, reached, out = carry
+            # All nodes reached at one depth stand for the same text: any of them gives the row.
+            row = jnp.take_along_axis(logits, jnp.argmax(reached, axis=1)[:, None, None], axis=1)[:, 0]
+            drawn = jnp.argmax(sampling_scores(row, position + depth + 1, request, sampling), axis=-1)
+            out = jnp.where(reached, drawn[:, None].astype(jnp.int32), out)
+            reached = valid & (tokens == drawn[:, None]) & reached[:, parents] & (parents >= 0)
+            return depth + 1, reached, out
+
+        root = jnp.broadcast_to(jnp.arange(tree.size) == 0, tokens.shape)
+        start = jnp.int32(0), root, jnp.full(tokens.shape, -1, jnp.int32)
+        return jax.lax.while_loop(lambda carry: carry[1].any(), draw, start)[2]
+
+    return jax.lax.cond(sampling.temperature > 0, sampled, greedy)
+
+
+def accept(tree: TreeSpec, tokens: Array, valid: Array, targets: Array) -> tuple[Array, Array]:
+    """The last node of the longest accepted path, and what the pass emits.
+
+    A draft is accepted when it is the target of its parent and its parent is accepted. Returns (best int32[B],
+    emitted int32[B, E]): the first depth[best] + 1 of a row's emitted tokens are meant, the last of them the
+    target of `best` itself, which no draft had to guess.
+    """
+    wrong = ~valid | (tokens != targets[:, jnp.asarray(tree.parents)])
+    wrong = wrong.at[:, 0].set(False)
+    accepted = ~(wrong[:, None, :] & tree.ancestors).any(axis=2)
+    best = jnp.argmax(jnp.where(accepted, tree.depth, -1), axis=1)
+    return best, jnp.take_along_axis(targets, jnp.asarray(tree.path)[best], axis=1)
+
+
+def cut(emitted: Array, count: Array, remaining: Array, stop_ids: Array) -> tuple[Array, Array]:
+    """How many of the first `count` [B] emitted tokens [B, E] a row keeps: none after a stop token or the limit.
+
+    Returns (kept int32[B], stopped bool[B]: the last one kept is a stop token). stop_ids: int32[n], -1 unused.
+    """
+    kept = jnp.minimum(count, remaining)
+    inside = jnp.arange(emitted.shape[1]) < kept[:, None]
+    stop = inside & (emitted[:, :, None] == stop_ids).any(axis=2)
+    stopped = stop.any(axis=1)
+    return jnp.where(stopped, jnp.argmax(stop, axis=1) + 1, kept).astype(jnp.int32), stopped

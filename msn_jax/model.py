@@ -1,0 +1,276 @@
+"""The LLaMA family as pure functions over pytrees.
+
+Shape key: B batch, T tokens in this call, S cache slots, D embed, N query heads, K kv heads, G = N/K,
+H head_dim, F mlp, V vocab, L layers.
+
+Weights are stored [out, in], as Hugging Face stores them. Linear layers split their axes by name, so that
+one declaration (`declare`) gives initialisation, sharding and import their shapes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array
+
+from msn_jax.config import ModelConfig
+from msn_jax.sharding import constrain
+
+HIGHEST = jax.lax.Precision.HIGHEST  # float32 means float32: TPUs and GPUs would round operands otherwise
+MASKED = -1e30  # finite: a row with nothing to attend to gives a mean, never a nan
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySpec:
+    """One tensor: its shape and logical axes (None: never split)."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+
+
+@struct.dataclass
+class Layer:
+    attn_norm: Array  # [D]
+    q: Array  # [N, H, D]
+    k: Array  # [K, H, D]
+    v: Array  # [K, H, D]
+    o: Array  # [D, N, H]
+    mlp_norm: Array  # [D]
+    gate: Array  # [F, D]
+    up: Array  # [F, D]
+    down: Array  # [D, F]
+
+
+@struct.dataclass
+class Params:
+    embed: Array  # [V, D]
+    layers: tuple[Layer, ...]  # L of them: a scan over stacked weights would copy each layer's on CPU
+    final_norm: Array  # [D]
+    unembed: Array | None  # [V, D]; None where it is tied to embed
+
+
+@struct.dataclass
+class KVCache:
+    """Keys (after rope) and values of the tokens so far. Slot i of a row holds its token at position i."""
+
+    k: tuple[Array, ...]  # L arrays of [B, K, S, H]
+    v: tuple[Array, ...]  # L arrays of [B, K, S, H]
+    length: Array  # int32[B]: slots at and above it are unspecified and never read
+
+
+def declare(cfg: ModelConfig) -> Params:
+    """Params with an ArraySpec for every tensor."""
+    D, N, K, H, F, V = cfg.embed, cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.mlp, cfg.vocab_size
+    norm = ArraySpec((D,), (None,))
+    layer = Layer(
+        attn_norm=norm,
+        q=ArraySpec((N, H, D), ("heads", None, "embed")),
+        k=ArraySpec((K, H, D), ("kv_heads", None, "embed")),
+        v=ArraySpec((K, H, D), ("kv_heads", None, "embed")),
+        o=ArraySpec((D, N, H), ("embed", "heads", None)),
+        mlp_norm=norm,
+        gate=ArraySpec((F, D), ("mlp", "embed")),
+        up=ArraySpec((F, D), ("mlp", "embed")),
+        down=ArraySpec((D, F), ("embed", "mlp")),
+    )
+    vocab = ArraySpec((V, D), ("vocab", "embed"))
+    return Params(
+        embed=vocab,
+        layers=(layer,) * cfg.layers,
+        final_norm=norm,
+        unembed=None if cfg.tie_embeddings else vocab,
+    )
+
+
+def init(key: Array, cfg: ModelConfig, dtype=jnp.float32) -> Params:
+    """Random weights: norms at one, the rest normal with standard deviation 1/sqrt(fan in)."""
+    leaves, treedef = jax.tree.flatten(declare(cfg))
+
+    def one(key, spec: ArraySpec):
+        if len(spec.shape) == 1:
+            return jnp.ones(spec.shape, dtype)
+        std = 1 / math.sqrt(math.prod(spec.shape) / spec.shape[0] if spec.axes[0] == "embed" else cfg.embed)
+        return (std * jax.random.normal(key, spec.shape)).astype(dtype)
+
+    return jax.tree.unflatten(treedef, [one(k, s) for k, s in zip(jax.random.split(key, len(leaves)), leaves)])
+
+
+def cache_spec(cfg: ModelConfig, batch: int, slots: int) -> KVCache:
+    """KVCache with an ArraySpec for every array."""
+    kv = ArraySpec((batch, cfg.kv_heads, slots, cfg.head_dim), ("batch", "kv_heads", None, None))
+    return KVCache(k=(kv,) * cfg.layers, v=(kv,) * cfg.layers, length=ArraySpec((batch,), ("batch",)))
+
+
+def init_cache(cfg: ModelConfig, batch: int, slots: int, dtype=jnp.float32) -> KVCache:
+    """An empty cache."""
+    shape = (batch, cfg.kv_heads, slots, cfg.head_dim)
+    kv = lambda: tuple(constrain(jnp.zeros(shape, dtype), "batch", "kv_heads", None, None) for _ in range(cfg.layers))
+    return KVCache(k=kv(), v=kv(), length=jnp.zeros(batch, jnp.int32))
+
+
+def write_cache(cache: KVCache, new: tuple[tuple[Array, Array], ...], length: Array) -> KVCache:
+    """Store `new` (per layer k, v [B, K, E, H]) at slots length[b] .. length[b] + E - 1; lengths stay.
+
+    The slots must exist: an update that would pass the end is moved back by XLA, over earlier tokens.
+    """
+
+    def write(old, kv):
+        kv = kv.astype(old.dtype)
+        if old.shape[0] == 1:
+            return jax.lax.dynamic_update_slice(old, kv, (0, 0, length[0], 0))
+        return jax.vmap(lambda o, n, at: jax.lax.dynamic_update_slice(o, n, (0, at, 0)))(old, kv, length)
+
+    return cache.replace(
+        k=tuple(write(old, k) for old, (k, _) in zip(cache.k, new, strict=True)),
+        v=tuple(write(old, v) for old, (_, v) in zip(cache.v, new, strict=True)),
+    )
+
+
+def linear(x: Array, w: Array, in_dims: int = 1) -> Array:
+    """x [..., *in] times w [*out, *in] -> [..., *out], contracting the last `in_dims` axes of both."""
+    rows = x.ndim - in_dims
+    precision = HIGHEST if x.dtype == jnp.float32 else None
+    contract = tuple(range(rows, x.ndim)), tuple(range(w.ndim - in_dims, w.ndim))
+
+    def weight_right(x, w):
+        return jax.lax.dot_general(x, w, (contract, ((), ())), precision)
+
+    def weight_left(x, w):
+        y = jax.lax.dot_general(w, x, (contract[::-1], ((), ())), precision)
+        y = jax.lax.optimization_barrier(y)  # or XLA turns the dot around again to spare the transpose
+        return jnp.moveaxis(y, range(w.ndim - in_dims), range(rows, rows + w.ndim - in_dims))
+
+    if math.prod(x.shape[:rows]) > 32:
+        return weight_right(x, w)
+    # XLA:CPU repacks the right operand of a dot on each call, which for a few rows costs more than the dot:
+    # at 8 rows weight_left takes 0.58 of the time of weight_right over SmolLM2's matrices (LOG.md).
+    return jax.lax.platform_dependent(x, w, cpu=weight_left, default=weight_right)
+
+
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    """Root mean square norm over the last axis, in float32."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def rope_frequencies(cfg: ModelConfig) -> np.ndarray:
+    """Radians a position turns each of the H/2 pairs, with the config's scaling. float32[H/2]."""
+    freq = cfg.rope_theta ** -(np.arange(0, cfg.head_dim, 2, dtype=np.float64) / cfg.head_dim)
+    scaling = cfg.rope_scaling
+    if scaling is not None and scaling.kind == "linear":
+        freq = freq / scaling.factor
+    elif scaling is not None:
+        # Llama 3.1: long wavelengths are stretched, short ones kept, those between blended.
+        turns = scaling.original_max_position * freq / (2 * math.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = np.clip((turns - low) / (high - low), 0, 1)
+        freq = freq * (kept + (1 - kept) / scaling.factor)
+    return freq.astype(np.float32)
+
+
+def rope(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotate x [B, T, heads, H] by the angles of its positions (cos, sin: [B, T, H/2]), halves layout."""
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x.dtype)
+
+
+def attention(
+    q: Array, k: Array, v: Array, mask: Array, cached: tuple[Array, Array] | None, length: Array | None
+) -> Array:
+    """Grouped-query attention of this call's tokens over the cache and over themselves.
+
+    q [B, T, N, H]; k, v [B, K, T, H]; mask bool [1 or B, T, T]; cached k, v [B, K, S, H], valid below length [B].
+    Returns [B, T, N, H]. The two score blocks share one softmax without being joined, and the sum of values is
+    divided last: at S = 512 on CPU that takes 0.65 of the time of a concatenation.
+    """
+    B, T, N, H = q.shape
+    K = k.shape[1]
+    dot = partial(
+        jax.lax.dot_general,
+        precision=HIGHEST if q.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+    scores_of = partial(dot, dimension_numbers=(((3,), (3,)), ((0, 1), (0, 1))))
+    values_of = partial(dot, dimension_numbers=(((3,), (2,)), ((0, 1), (0, 1))))
+
+    # Rows of one kv head: its G query heads for each of the T tokens. [B, K, T*G, H]
+    rows = (q * H**-0.5).reshape(B, T, K, N // K, H).transpose(0, 2, 1, 3, 4).reshape(B, K, -1, H)
+    mask = jnp.repeat(mask, N // K, axis=1)[:, None]
+    scores = jnp.where(mask, scores_of(rows, k), MASKED)
+    top = scores.max(axis=-1, keepdims=True)
+    if cached is not None:
+        valid = jnp.arange(cached[0].shape[2]) < length[:, None]
+        past = jnp.where(valid[:, None, None], scores_of(rows, cached[0].astype(q.dtype)), MASKED)
+        top = jnp.maximum(top, past.max(axis=-1, keepdims=True))
+    weights = jnp.exp(scores - top)
+    total = weights.sum(axis=-1, keepdims=True)
+    out = values_of(weights.astype(v.dtype), v)
+    if cached is not None:
+        weights = jnp.exp(past - top)
+        total = total + weights.sum(axis=-1, keepdims=True)
+        out = out + values_of(weights.astype(v.dtype), cached[1].astype(v.dtype))
+    out = (out / total).astype(q.dtype).reshape(B, K, T, N // K, H)
+    return out.transpose(0, 2, 1, 3, 4).reshape(B, T, N, H)
+
+
+def block(cfg: ModelConfig, layer: Layer, x: Array, cos, sin, mask, cached, length) -> tuple[Array, tuple]:
+    """One decoder layer: x [B, T, D] -> (x, (k, v)) with this call's k, v [B, K, T, H]."""
+    h = rms_norm(x, layer.attn_norm, cfg.norm_eps)
+    q = rope(linear(h, layer.q), cos, sin)
+    k = rope(linear(h, layer.k), cos, sin).transpose(0, 2, 1, 3)
+    v = linear(h, layer.v).transpose(0, 2, 1, 3)
+    a = attention(q, k, v, mask, cached, length)
+    x = x + constrain(linear(a, layer.o, in_dims=2), "batch", None, None)
+    h = rms_norm(x, layer.mlp_norm, cfg.norm_eps)
+    h = jax.nn.silu(linear(h, layer.gate)) * linear(h, layer.up)
+    x = x + constrain(linear(h, layer.down), "batch", None, None)
+    return x, (k, v)
+
+
+def causal_mask(T: int) -> Array:
+    """Each of this call's tokens sees itself and those before it. bool[T, T]"""
+    return jnp.tril(jnp.ones((T, T), bool))
+
+
+def forward(
+    params: Params,
+    cfg: ModelConfig,
+    tokens: Array,
+    positions: Array,
+    mask: Array | None = None,
+    cache: KVCache | None = None,
+) -> tuple[Array, tuple[tuple[Array, Array], ...]]:
+    """Run the decoder over tokens [B, T] at positions [B, T].
+
+    mask: which of this call's tokens each one sees, bool [T, T] or [B, T, T]; None is causal. Everything in
+    `cache` below its length is seen as well. The cache is only read: the k, v [B, K, T, H] of this call come
+    back, a pair for each layer, and `write_cache` stores what is to be kept.
+
+    Returns (hidden [B, T, D] after the final norm, new k, v); `unembed` turns hidden rows into logits.
+    """
+    mask = causal_mask(tokens.shape[1]) if mask is None else jnp.asarray(mask)
+    mask = mask if mask.ndim == 3 else mask[None]
+    angles = positions.astype(jnp.float32)[..., None] * rope_frequencies(cfg)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    x = constrain(params.embed[tokens], "batch", None, None)
+    new = []
+    for i, layer in enumerate(params.layers):
+        cached = None if cache is None else (cache.k[i], cache.v[i])
+        length = None if cache is None else cache.length
+        x, kv = block(cfg, layer, x, cos, sin, mask, cached, length)
+        new.append(kv)
+    return rms_norm(x, params.final_norm, cfg.norm_eps), tuple(new)
+
+
+def unembed(params: Params, cfg: ModelConfig, hidden: Array) -> Array:
+    """Logits [..., V] in float32 of hidden rows [..., D]."""
+    table = params.embed if cfg.tie_embeddings else params.unembed
+    return linear(hidden, table).astype(jnp.float32)
