@@ -6,8 +6,8 @@ import dataclasses
 from typing import Any
 
 
-class ConfigError(ValueError):
-    """A setting that this package cannot honour; the message names it and what is accepted."""
+class InputError(ValueError):
+    """Input that cannot be honoured: one line that names what is wrong and what is accepted."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,9 +40,9 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
-            raise ConfigError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
+            raise InputError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
         if self.head_dim % 2:
-            raise ConfigError(f"head_dim {self.head_dim} is odd; rotary embeddings need an even one")
+            raise InputError(f"head_dim {self.head_dim} is odd; rotary embeddings need an even one")
 
     @property
     def group(self) -> int:
@@ -50,14 +50,49 @@ class ModelConfig:
         return self.heads // self.kv_heads
 
     @classmethod
+    def from_gguf(cls, meta: dict[str, Any], vocab_size: int, tie_embeddings: bool) -> ModelConfig:
+        """Read the metadata of a GGUF file (its `general.*` and `llama.*` fields).
+
+        Raises InputError for another architecture or a field whose value this model does not compute.
+        """
+        arch = meta.get("general.architecture")
+        if arch != "llama":
+            raise InputError(f"GGUF architecture {arch!r} is not supported; accepted: llama")
+        get = lambda name, default=None: meta.get(f"{arch}.{name}", default)
+        for field, accepted in {"expert_count": 0, "attention.sliding_window": 0}.items():
+            if get(field, accepted) != accepted:
+                raise InputError(f"GGUF field {arch}.{field} = {get(field)} is not supported; accepted: {accepted}")
+        try:
+            heads, embed = meta[f"{arch}.attention.head_count"], meta[f"{arch}.embedding_length"]
+            head_dim = get("attention.key_length", embed // heads)
+            if get("rope.dimension_count", head_dim) != head_dim or get("attention.value_length", head_dim) != head_dim:
+                raise InputError(f"GGUF: rope or value dimensions other than the head's {head_dim} are not supported")
+            return cls(
+                vocab_size=vocab_size,
+                embed=embed,
+                layers=meta[f"{arch}.block_count"],
+                heads=heads,
+                kv_heads=get("attention.head_count_kv", heads),
+                head_dim=head_dim,
+                mlp=meta[f"{arch}.feed_forward_length"],
+                max_position=meta[f"{arch}.context_length"],
+                norm_eps=meta[f"{arch}.attention.layer_norm_rms_epsilon"],
+                rope_theta=get("rope.freq_base", 10000.0),
+                rope_scaling=_rope_from_gguf(get),
+                tie_embeddings=tie_embeddings,
+            )
+        except KeyError as e:
+            raise InputError(f"GGUF: the field {e.args[0]!r} is missing") from None
+
+    @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> ModelConfig:
         """Read a Hugging Face `config.json`.
 
-        Raises ConfigError for a field whose value this model does not compute.
+        Raises InputError for a field whose value this model does not compute.
         """
         known = {"llama"}
         if hf.get("model_type") not in known:
-            raise ConfigError(
+            raise InputError(
                 f"config.json: model_type {hf.get('model_type')!r} is not supported; accepted: {', '.join(known)}"
             )
         only = {
@@ -71,7 +106,7 @@ class ModelConfig:
         }
         for field, accepted in only.items():
             if hf.get(field, accepted[0]) not in accepted:
-                raise ConfigError(
+                raise InputError(
                     f"config.json: {field} = {hf[field]!r} is not supported; accepted: {accepted[0]!r}"
                 )
         try:
@@ -93,7 +128,7 @@ class ModelConfig:
                 tie_embeddings=hf.get("tie_word_embeddings", False),
             )
         except KeyError as e:
-            raise ConfigError(f"config.json: the field {e.args[0]!r} is missing") from None
+            raise InputError(f"config.json: the field {e.args[0]!r} is missing") from None
 
 
 def _rope_from_hf(hf: dict[str, Any], max_position: int) -> tuple[float, RopeScaling | None]:
@@ -114,7 +149,16 @@ def _rope_from_hf(hf: dict[str, Any], max_position: int) -> tuple[float, RopeSca
             high_freq_factor=rope["high_freq_factor"],
             original_max_position=rope.get("original_max_position_embeddings", max_position),
         )
-    raise ConfigError(f"config.json: rope type {kind!r} is not supported; accepted: default, linear, llama3")
+    raise InputError(f"config.json: rope type {kind!r} is not supported; accepted: default, linear, llama3")
+
+
+def _rope_from_gguf(get) -> RopeScaling | None:
+    kind, factor = get("rope.scaling.type", "none"), get("rope.scaling.factor", get("rope.scale_linear", 1.0))
+    if kind == "none" or factor == 1.0:
+        return None
+    if kind == "linear":
+        return RopeScaling(kind="linear", factor=factor)
+    raise InputError(f"GGUF rope scaling type {kind!r} is not supported; accepted: none, linear")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,7 +184,7 @@ class DecodeConfig:
             ("seed", not 0 <= self.seed < 2**32, "0 to 2**32 - 1"),
         ):
             if bad:
-                raise ConfigError(f"{name} = {getattr(self, name)} is not possible; accepted: {accepted}")
+                raise InputError(f"{name} = {getattr(self, name)} is not possible; accepted: {accepted}")
 
 
 # Shapes that can be planned and sized without a checkpoint (published configs of the named models).

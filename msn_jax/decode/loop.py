@@ -109,12 +109,17 @@ def init_state(
         passes=jnp.zeros(len(trees.trees), jnp.int32),
         request=jnp.asarray(list(range(B)) if requests is None else requests, jnp.int32),
         stop_ids=jnp.asarray(stops),
-        sampling=verify.Sampling(
-            temperature=jnp.float32(decode.temperature),
-            top_k=jnp.int32(decode.top_k),
-            top_p=jnp.float32(decode.top_p),
-            seed=jnp.uint32(decode.seed),
-        ),
+        sampling=sampling_of(decode),
+    )
+
+
+def sampling_of(decode: DecodeConfig) -> verify.Sampling:
+    """The traced part of the settings."""
+    return verify.Sampling(
+        temperature=jnp.float32(decode.temperature),
+        top_k=jnp.int32(decode.top_k),
+        top_p=jnp.float32(decode.top_p),
+        seed=jnp.uint32(decode.seed),
     )
 
 

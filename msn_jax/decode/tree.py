@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from msn_jax.config import ConfigError
+from msn_jax.config import InputError
 
 # Where the token of a node comes from. A node of depth d stands d positions after the root.
 ROOT = "root"
@@ -22,7 +22,7 @@ class TreeSpec:
     """A static token tree of M nodes; node 0 is the root, a parent comes before its children.
 
     sources: (kind, rank) of each node. Hashable: one compiled program a tree.
-    Raises ConfigError where the nodes do not make a tree.
+    Raises InputError where the nodes do not make a tree.
     """
 
     name: str
@@ -31,18 +31,18 @@ class TreeSpec:
 
     def __post_init__(self):
         if len(self.parents) != len(self.sources) or not self.parents:
-            raise ConfigError(f"tree {self.name!r}: {len(self.parents)} parents, {len(self.sources)} sources")
+            raise InputError(f"tree {self.name!r}: {len(self.parents)} parents, {len(self.sources)} sources")
         if self.parents[0] != -1 or self.sources[0][0] != ROOT:
-            raise ConfigError(f"tree {self.name!r}: node 0 must be the root, with parent -1")
+            raise InputError(f"tree {self.name!r}: node 0 must be the root, with parent -1")
         for node, (parent, (kind, rank)) in enumerate(zip(self.parents, self.sources, strict=True)):
             if node and not 0 <= parent < node:
-                raise ConfigError(f"tree {self.name!r}: parent {parent} of node {node} does not come before it")
+                raise InputError(f"tree {self.name!r}: parent {parent} of node {node} does not come before it")
             if node and kind not in (JACOBI, RETRIEVAL, EITHER, NOISE):
-                raise ConfigError(f"tree {self.name!r}: node {node} has the unknown source {kind!r}")
+                raise InputError(f"tree {self.name!r}: node {node} has the unknown source {kind!r}")
             if node and kind != NOISE and self.sources[parent][0] == NOISE:
-                raise ConfigError(f"tree {self.name!r}: draft node {node} hangs under the noise node {parent}")
+                raise InputError(f"tree {self.name!r}: draft node {node} hangs under the noise node {parent}")
             if rank < 0:
-                raise ConfigError(f"tree {self.name!r}: node {node} has the rank {rank}; accepted: 0 or more")
+                raise InputError(f"tree {self.name!r}: node {node} has the rank {rank}; accepted: 0 or more")
 
     @property
     def size(self) -> int:
@@ -137,9 +137,9 @@ class TreeSet:
 
     def __post_init__(self):
         if len(self.trees) != len(self.min_match) or self.min_match[0] != 0:
-            raise ConfigError(f"tree set {self.name!r}: one min_match a tree, the first 0")
+            raise InputError(f"tree set {self.name!r}: one min_match a tree, the first 0")
         if list(self.min_match) != sorted(set(self.min_match)):
-            raise ConfigError(f"tree set {self.name!r}: min_match must rise, got {self.min_match}")
+            raise InputError(f"tree set {self.name!r}: min_match must rise, got {self.min_match}")
 
     @property
     def width(self) -> int:
@@ -175,7 +175,7 @@ def branching(name: str, retrieval: int, children: dict[tuple[int, ...], int]) -
     at = {(): 0}
     for path in sorted(children, key=lambda path: (len(path), path)):
         if path not in at:
-            raise ConfigError(f"tree {name!r}: the path {path} leads to no node")
+            raise InputError(f"tree {name!r}: the path {path} leads to no node")
         for rank in range(children[path]):
             at[*path, rank] = len(parents)
             parents.append(at[path])
@@ -217,12 +217,12 @@ _DEFAULT = {
 def tree_set(method: str, name: str | None = None, backend: str = "cpu", dtype: str = "float32") -> TreeSet:
     """The trees a method decodes with: those of `name`, less the drafts that the method does not use.
 
-    Raises ConfigError for an unknown method or name, or where no draft is left.
+    Raises InputError for an unknown method or name, or where no draft is left.
     """
     if method not in METHODS:
-        raise ConfigError(f"unknown method {method!r}; accepted: {', '.join(METHODS)}")
+        raise InputError(f"unknown method {method!r}; accepted: {', '.join(METHODS)}")
     if name is not None and name not in TREE_SETS:
-        raise ConfigError(f"unknown tree {name!r}; accepted: {', '.join(TREE_SETS)}")
+        raise InputError(f"unknown tree {name!r}; accepted: {', '.join(TREE_SETS)}")
     if method == "ar":
         return TREE_SETS["root2" if backend == "cpu" and dtype == "bfloat16" else "root"]
     base = TREE_SETS[name or _DEFAULT[backend][method]]
@@ -234,5 +234,5 @@ def tree_set(method: str, name: str | None = None, backend: str = "cpu", dtype: 
     else:
         return base
     if name is not None and not any(tree.kind(JACOBI, RETRIEVAL).any() for tree in trees):
-        raise ConfigError(f"tree {name!r} has no draft that the method {method!r} uses")
+        raise InputError(f"tree {name!r} has no draft that the method {method!r} uses")
     return TreeSet(base.name, trees, min_match)

@@ -1,0 +1,213 @@
+"""Speed and losslessness of the decoding methods on Spec-Bench questions.
+
+    python benchmarks/spec_bench.py --ckpt smollm2-135m-instruct --questions FILE.jsonl --methods ar,tr-jacobi
+
+A method is METHOD[:TREE][@BATCH], such as tr-jacobi:msn69@4; `ar` at batch 1 comes first and is what the others
+are compared with. Methods take turns, question by question. Later turns of a question go on from the answer of
+`ar`. With --results FILE every answer is kept there, and a run that was cut off goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import jax
+from tqdm import tqdm
+
+from msn_jax import DecodeConfig, InputError, load
+from msn_jax.decode.generate import encode, generate_batches, top_gap
+
+NEAR_TIE = 1e-3  # scores closer than this may fall either way in passes of different width
+LOOPS = 0.2  # an output that repeats a larger share of its 4-grams is a loop
+
+
+def parse_method(text: str, base: DecodeConfig) -> DecodeConfig:
+    name, _, batch = text.partition("@")
+    method, _, tree = name.partition(":")
+    return dataclasses.replace(base, method=method, tree=tree or None, batch_size=int(batch or 1))
+
+
+def spread(questions: list[dict], limit: int | None) -> list[dict]:
+    """The first `limit` questions when categories take turns."""
+    by_category = defaultdict(list)
+    for question in questions:
+        by_category[question["category"]].append(question)
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*by_category.values()))
+    return [q for q in turns if q is not None][:limit]
+
+
+def repeated_4grams(tokens: list[int]) -> float:
+    """Share of 4-grams that occurred before in the same output."""
+    grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def compare(lm, prompt: list[int], expected: list[int], got: list[int], config: DecodeConfig, request: int) -> str:
+    """identical, near_tie or different; comparison ends at the first difference."""
+    if expected == got:
+        return "identical"
+    at = next((i for i, (a, b) in enumerate(zip(expected, got)) if a != b), min(len(expected), len(got)))
+    return "near_tie" if top_gap(lm, prompt + expected[:at], config, request) < NEAR_TIE else "different"
+
+
+def figures(rows: list[dict], ar: list[dict]) -> dict:
+    rate = lambda rows: sum(r["tokens"] for r in rows) / sum(r["seconds"] for r in rows)
+    mat = lambda rows: sum(r["tokens"] for r in rows) / max(1, sum(r["forwards"] for r in rows))
+    outcomes = [r["outcome"] for r in rows]
+    return {
+        "tokens_per_s": round(rate(rows), 2),
+        "ratio_to_ar": round(rate(rows) / rate(ar), 3),
+        "mat": round(mat(rows), 3),
+        "questions": len({r["question_id"] for r in rows}),
+        "outputs": len(rows),
+        "identical": outcomes.count("identical"),
+        "near_ties": outcomes.count("near_tie"),
+        "different": outcomes.count("different"),
+        "rep4_frac": round(sum(r["rep4_frac"] for r in rows) / len(rows), 3),
+        "mat_no_loops": round(mat([r for r in rows if r["rep4_frac"] < LOOPS]), 3),
+    }
+
+
+def print_table(title: str, methods: dict) -> None:
+    print(f"\n{title}")
+    head = f"{'method':<22} {'tokens/s':>8} {'to ar':>6} {'MAT':>5} {'no loops':>8} {'rep4':>5}"
+    print(f"{head} {'same':>5} {'ties':>4} {'diff':>4}")
+    for name, f in methods.items():
+        print(
+            f"{name:<22} {f['tokens_per_s']:>8.1f} {f['ratio_to_ar']:>6.2f} {f['mat']:>5.2f} {f['mat_no_loops']:>8.2f}"
+            f" {f['rep4_frac']:>5.2f} {f['identical']:>5} {f['near_ties']:>4} {f['different']:>4}"
+        )
+
+
+def read_done(path: Path | None, run: dict) -> list[dict]:
+    """Answers of an earlier, cut-off run with the same settings. A half-written last line is dropped."""
+    if path is None or not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    if not lines or json.loads(lines[0]) != run:
+        raise InputError(f"--results {path}: holds another run; name another file")
+    return [json.loads(line) for line in lines[1:]]
+
+
+def answer_group(lm, group: list[dict], arms: dict[str, DecodeConfig]) -> list[dict]:
+    """All turns of a few questions by every method, in turn."""
+    rows = []
+    history = {q["question_id"]: [] for q in group}
+    for turn in range(max(len(q["turns"]) for q in group)):
+        asked = [q for q in group if turn < len(q["turns"])]
+        for q in asked:
+            history[q["question_id"]].append({"role": "user", "content": q["turns"][turn]})
+        prompts = [encode(lm, history[q["question_id"]]) for q in asked]
+        expected = None
+        for name, config in arms.items():
+            results = [r for batch in generate_batches(lm, prompts, config) for r in batch]
+            expected = expected or results
+            for i, (q, plain, result) in enumerate(zip(asked, expected, results, strict=True)):
+                rows.append(
+                    {
+                        "question_id": q["question_id"],
+                        "category": q["category"],
+                        "turn": turn,
+                        "method": name,
+                        "prompt_tokens": len(prompts[i]),
+                        "tokens": len(result.tokens),
+                        "forwards": result.forwards,
+                        "accepted": result.accepted,
+                        "seconds": result.seconds,
+                        "prefill_seconds": result.prefill_seconds,
+                        "rep4_frac": repeated_4grams(result.tokens),
+                        "outcome": compare(lm, prompts[i], plain.tokens, result.tokens, config, i),
+                    }
+                )
+        for q, plain in zip(asked, expected, strict=True):
+            history[q["question_id"]].append({"role": "assistant", "content": plain.text})
+    return rows
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--ckpt", required=True)
+    p.add_argument("--questions", required=True, help="JSONL with question_id, category, turns")
+    p.add_argument("--methods", default="ar,lookup,jacobi,tr-jacobi")
+    p.add_argument("--max_new_tokens", type=int, default=128)
+    p.add_argument("--limit", type=int, help="use this many questions, spread over the categories")
+    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    p.add_argument("--temperature", type=float, default=0.0)
+    p.add_argument("--top_k", type=int, default=0)
+    p.add_argument("--top_p", type=float, default=1.0)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--results", type=Path, help="keep answers here and resume from them")
+    args = p.parse_args()
+
+    base = DecodeConfig(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        seed=args.seed,
+    )
+    arms = {text: parse_method(text, base) for text in args.methods.split(",")}
+    if next(iter(arms)) != "ar":
+        raise InputError("--methods must begin with ar: the others are compared with it")
+    questions = spread([json.loads(line) for line in open(args.questions, encoding="utf-8")], args.limit)
+    run = {name: value for name, value in vars(args).items() if name != "results"}
+    rows = read_done(args.results, run)
+    known = {row["question_id"] for row in rows}
+    if args.results and not rows:
+        args.results.write_text(json.dumps(run) + "\n", encoding="utf-8")
+
+    lm = load(args.ckpt, dtype=args.dtype)
+    # Groups as large as the largest batch, always the same ones: a group is answered whole or again.
+    size = max(config.batch_size for config in arms.values())
+    groups = [questions[i : i + size] for i in range(0, len(questions), size)]
+    for group in tqdm(groups, unit="group", mininterval=5):
+        if all(q["question_id"] in known for q in group):
+            continue
+        new = answer_group(lm, group, arms)
+        rows += new
+        if args.results:
+            with args.results.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in new))
+                file.flush()
+                os.fsync(file.fileno())
+
+    def table(rows):
+        ar = [r for r in rows if r["method"] == "ar"]
+        return {name: figures([r for r in rows if r["method"] == name], ar) for name in arms}
+
+    categories = {c: table([r for r in rows if r["category"] == c]) for c in dict.fromkeys(q["category"] for q in questions)}
+    for category, methods in categories.items():
+        print_table(category, methods)
+    overall = table(rows)
+    print_table("overall", overall)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    print(
+        json.dumps(
+            {
+                "command": " ".join(["python", *sys.argv]),
+                "commit": commit.stdout.strip(),
+                "device": f"{jax.devices()[0].device_kind} x{jax.device_count()}, {os.cpu_count()} cores",
+                "dtype": args.dtype,
+                "seed": args.seed,
+                "methods": overall,
+                "categories": categories,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as e:
+        sys.exit(f"spec_bench.py: error: {e}")

@@ -1,0 +1,138 @@
+"""What a pass costs by its number of tree nodes, beside one token and the memory-bandwidth floor.
+
+    python benchmarks/step_cost.py --ckpt smollm2-135m-instruct
+
+All sizes take turns in one process. The floor is the time to read every weight and cached key and value once, at
+the best rate that any of several plain reads reaches in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from msn_jax import DecodeConfig, InputError, init, load
+from msn_jax.config import SHAPES
+from msn_jax.decode import TreeSet, init_state, loop
+from msn_jax.decode.tree import JACOBI, chain
+
+
+def measure(programs: dict, rounds: int) -> dict[str, np.ndarray]:
+    """Seconds of each call, the programs taking turns; the first round is thrown away."""
+    times = {name: [] for name in programs}
+    for _ in range(rounds + 1):
+        for name, call in programs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            times[name].append(time.perf_counter() - start)
+    return {name: np.array(t[1:]) for name, t in times.items()}
+
+
+def read_bytes_per_s(rounds: int, size: int = 2**27) -> float:
+    """The best rate of a sum and of matrix-vector products in both layouts, over `size` float32 numbers."""
+    flat = jnp.ones(size, jnp.float32)
+    tall = [flat[i : i + 2**22].reshape(-1, 1024) for i in range(0, size, 2**22)]
+    left, right = jnp.ones(tall[0].shape[0]), jnp.ones(1024)
+    total = jax.jit(jnp.sum)
+    rows, columns = jax.jit(lambda ms, v: [m @ v for m in ms]), jax.jit(lambda ms, v: [v @ m for m in ms])
+    reads = {
+        "sum": lambda: total(flat),
+        "rows": lambda: rows(tall, right),
+        "columns": lambda: columns(tall, left),
+    }
+    return max(4 * size / np.median(t) for t in measure(reads, rounds).values())
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--ckpt", default="smollm2-135m-instruct", help=f"a checkpoint, or with random weights: {', '.join(SHAPES)}")
+    p.add_argument("--nodes", default="1,2,4,8,16,32,64")
+    p.add_argument("--slots", type=int, default=512, help="cache slots, half of them filled")
+    p.add_argument("--batch_size", type=int, default=1)
+    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    p.add_argument("--rounds", type=int, default=30)
+    args = p.parse_args()
+    if args.ckpt in SHAPES:
+        cfg = SHAPES[args.ckpt]
+        params = init(jax.random.key(0), cfg, args.dtype)
+    else:
+        lm = load(args.ckpt, dtype=args.dtype)
+        cfg, params = lm.cfg, lm.params
+
+    prompts = [[1] * (args.slots // 2)] * args.batch_size
+    programs, states = {}, {}
+    for nodes in map(int, args.nodes.split(",")):
+        tree = chain(nodes - 1, JACOBI)
+        trees = TreeSet(tree.name, (tree,), (0,))
+        settings = DecodeConfig(max_new_tokens=args.slots // 4)
+        state = init_state(cfg, trees, prompts, settings, (), slots=args.slots, dtype=args.dtype)
+        cycle = partial(jax.jit, donate_argnums=1)(partial(loop.step, cfg=cfg, trees=trees))
+        states[nodes] = state
+
+        def call(nodes=nodes, cycle=cycle):
+            # The same cycle again: lengths and text go back to the prompt, the donated cache goes round.
+            state = states[nodes]
+            states[nodes] = cycle(params, state)
+            return states[nodes].forwards
+
+        programs[str(nodes)] = call
+    seconds = {int(name): t for name, t in measure(programs, args.rounds).items()}
+    bytes_per_s = read_bytes_per_s(args.rounds)
+
+    weights = sum(a.nbytes for a in jax.tree.leaves(params))
+    if not cfg.tie_embeddings:
+        weights -= params.embed.nbytes  # only a row of it is read
+    cache = states[1].cache
+    cached = sum(a.nbytes for a in jax.tree.leaves((cache.k, cache.v)))
+    floor = (weights + cached) / bytes_per_s
+    one = np.median(seconds[min(seconds)])
+    print(f"{weights / 1e6:.0f} MB of weights, {cached / 1e6:.0f} MB of cache, read at {bytes_per_s / 1e9:.1f} GB/s: floor {1e3 * floor:.1f} ms")
+    print(f"{'nodes':>5} {'ms a pass':>9} {'min':>7} {'to one':>6} {'to floor':>8}")
+    rows = {}
+    for nodes, t in seconds.items():
+        # The ratio to one token is taken round by round: the machine's speed drifts, both drift with it.
+        ratio = float(np.median(t / seconds[min(seconds)]))
+        rows[nodes] = {
+            "ms": round(1e3 * float(np.median(t)), 2),
+            "min_ms": round(1e3 * float(t.min()), 2),
+            "ratio_to_one": round(ratio, 3),
+            "ratio_to_floor": round(float(np.median(t)) / floor, 3),
+        }
+        print(f"{nodes:>5} {rows[nodes]['ms']:>9.1f} {rows[nodes]['min_ms']:>7.1f} {ratio:>6.2f} {rows[nodes]['ratio_to_floor']:>8.2f}")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    print(
+        json.dumps(
+            {
+                "command": " ".join(["python", *sys.argv]),
+                "commit": commit.stdout.strip(),
+                "device": f"{jax.devices()[0].device_kind} x{jax.device_count()}, {os.cpu_count()} cores",
+                "xla_flags": os.environ.get("XLA_FLAGS", ""),
+                "dtype": args.dtype,
+                "batch_size": args.batch_size,
+                "slots": args.slots,
+                "floor_ms": round(1e3 * floor, 2),
+                "read_gb_per_s": round(bytes_per_s / 1e9, 2),
+                "one_token_ms": round(1e3 * float(one), 2),
+                "nodes": rows,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as e:
+        sys.exit(f"step_cost.py: error: {e}")

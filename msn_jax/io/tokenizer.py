@@ -1,0 +1,122 @@
+"""Tokenizers: from a Hugging Face directory or rebuilt from GGUF metadata; prompts in, streamed text out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from msn_jax.config import InputError
+
+# Control tokens that end a reply, by the names that published chat models give them.
+_END_NAMES = {"<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|EOT|>", "</s>"}
+_CONTROL, _USER_DEFINED = 3, 4  # gguf token types
+
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+_BYTES_ONLY = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+# `tokenizer.ggml.pre` -> how the text is split before byte pair merges.
+_SPLITS = {
+    "gpt-2": _BYTES,
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _BYTES]),
+    "llama-bpe": pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), behavior="isolated"), _BYTES_ONLY]
+    ),
+}
+
+
+def from_gguf(meta: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, set[int]]:
+    """The tokenizer in GGUF metadata, and the ids that end a reply.
+
+    Raises InputError for a tokenizer model or pre-tokenizer that is not in the table above.
+    """
+    get = lambda name, default=None: meta.get(f"tokenizer.{name}", default)
+    if get("ggml.model") != "gpt2":
+        raise InputError(f"GGUF tokenizer model {get('ggml.model')!r} is not supported; accepted: gpt2")
+    pre = get("ggml.pre", "gpt-2")
+    if pre not in _SPLITS:
+        raise InputError(f"GGUF pre-tokenizer {pre!r} is not supported; accepted: {', '.join(_SPLITS)}")
+    names, kinds = get("ggml.tokens"), get("ggml.token_type")
+    merges = [tuple(merge.split(" ")) for merge in get("ggml.merges")]
+    vocab = {name: i for i, name in enumerate(names)}
+    bpe = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
+    bpe.pre_tokenizer, bpe.decoder = _SPLITS[pre], decoders.ByteLevel()
+    added = [
+        AddedToken(name, special=kind == _CONTROL, normalized=False)
+        for name, kind in zip(names, kinds, strict=True)
+        if kind in (_CONTROL, _USER_DEFINED)
+    ]
+    bpe.add_tokens(added)
+    roles = {
+        role: names[i]
+        for role, key in (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding"))
+        if (i := get(f"ggml.{key}_token_id")) is not None
+    }
+    if get("ggml.add_bos_token"):
+        bos = roles["bos_token"]
+        bpe.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocab[bos])]
+        )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, clean_up_tokenization_spaces=False, chat_template=get("chat_template"), **roles
+    )
+    stops = {get(f"ggml.{key}_token_id") for key in ("eos", "eot", "eom")} - {None}
+    stops |= {i for i, (name, kind) in enumerate(zip(names, kinds)) if kind == _CONTROL and name in _END_NAMES}
+    return tokenizer, stops
+
+
+def from_folder(folder: Path) -> tuple[PreTrainedTokenizerBase, set[int]]:
+    """The tokenizer of a Hugging Face directory, and its end-of-text id."""
+    if not (folder / "tokenizer.json").exists():
+        raise InputError(f"{folder}: the tokenizer file tokenizer.json is missing")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as e:  # whatever the parsing of a damaged file runs into
+        raise InputError(f"{folder}: the tokenizer cannot be read ({str(e).splitlines()[0]})") from None
+    return tokenizer, set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation, ready for the assistant's reply."""
+    if not tokenizer.chat_template:
+        raise InputError("this checkpoint has no chat template; accepted: raw prompts (--no_chat_template)")
+    try:
+        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    except Exception as e:  # templates raise their own messages through jinja
+        raise InputError(f"the chat template refuses these messages: {e}") from None
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+class TextStream:
+    """Text of a growing list of token ids, in pieces that are whole characters.
+
+    "".join of all pieces and of `flush()` is the decoded text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer, self._ids, self._shown = tokenizer, [], ""
+
+    def add(self, ids: Sequence[int]) -> str:
+        self._ids.extend(ids)
+        text = decode(self._tokenizer, self._ids)
+        # A character can span tokens: until it is whole it decodes to U+FFFD, which is held back.
+        return self._emit(text.rstrip("\ufffd"))
+
+    def flush(self) -> str:
+        return self._emit(decode(self._tokenizer, self._ids))
+
+    def _emit(self, text: str) -> str:
+        if len(text) <= len(self._shown):
+            return ""
+        piece, self._shown = text[len(self._shown) :], text
+        return piece
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

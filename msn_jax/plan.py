@@ -1,0 +1,137 @@
+"""What a run takes on an accelerator, found by compiling it for one that is not there.
+
+XLA:TPU compiles for a described slice without a TPU (the `tpu` extra, on any machine), reports the memory of each
+chip, and fails where the program does not fit.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from msn_jax.config import SHAPES, DecodeConfig, InputError, ModelConfig
+from msn_jax.decode import loop
+from msn_jax.decode.tree import TreeSet, tree_set
+from msn_jax.io import hf
+from msn_jax.io.checkpoint import resolve
+from msn_jax.io.gguf import GGUFSource
+from msn_jax.model import cache_spec, declare
+from msn_jax.sharding import make_mesh, sharding
+
+# Memory of a chip in bytes (Google Cloud TPU documentation).
+CHIP_BYTES = {"v4": 32 * 2**30, "v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30}
+
+
+def topology_devices(name: str):
+    """The devices of a described TPU slice, such as v5e:2x4.
+
+    Raises InputError for an unknown slice, or without libtpu.
+    """
+    from jax.experimental import topologies
+
+    if not re.fullmatch(r"v\d\w*:\d+x\d+(x\d+)?", name) or name.split(":")[0] not in CHIP_BYTES:
+        raise InputError(f"--topology {name}: accepted: {', '.join(CHIP_BYTES)} and a shape, such as v5e:2x4")
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except Exception as e:  # the plugin's errors have no common class
+        reason = str(e).strip().splitlines()[0]
+        hint = "pip install 'msn-jax[tpu]'" if "libtpu" in str(e) or "tpu" in str(e).lower() else ""
+        raise InputError(f"--topology {name}: cannot compile for it ({reason}) {hint}".rstrip()) from None
+
+
+def shaped(specs, mesh, dtype):
+    """ShapeDtypeStructs, placed on the mesh, for a tree of ArraySpecs."""
+    return jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, dtype, sharding=sharding(s.axes, s.shape, mesh)), specs
+    )
+
+
+def decode_state(cfg: ModelConfig, trees: TreeSet, mesh, batch: int, slots: int, dtype) -> loop.DecodeState:
+    """A DecodeState as shapes: the cache placed on the mesh, the small arrays on every chip."""
+
+    def everywhere(a):
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding((None,) * a.ndim, a.shape, mesh))
+
+    settings = DecodeConfig(max_new_tokens=1)
+    small = ModelConfig(**{**vars(cfg), "layers": 0})
+    state = jax.eval_shape(
+        lambda: loop.init_state(small, trees, [[0]] * batch, settings, (), slots=slots, dtype=dtype)
+    )
+    state = jax.tree.map(everywhere, state)
+    cache = shaped(cache_spec(cfg, batch, slots), mesh, dtype)
+    return state.replace(cache=cache.replace(length=state.cache.length))
+
+
+def cache_copies(hlo: str, shape: tuple[int, ...]) -> list[str]:
+    """Instructions of a compiled module, outside its entry, that copy an array of this shape."""
+    body = hlo[: hlo.index("\nENTRY ")]
+    dims = re.escape(f"[{','.join(map(str, shape))}]")
+    return re.findall(rf"^.*= \(?\w+{dims}\S* copy(?:-start)?\(.*$", body, re.MULTILINE)
+
+
+def plan_decode(ckpt: str | None, topology: str, tree: str | None, batches: tuple[int, ...] = (1, 8)) -> None:
+    """Compile prefill and the decode loop for a slice; print memory and cost, then one JSON line.
+
+    ckpt: a named shape (see SHAPES) or a checkpoint, of which only the config is read.
+    """
+    devices = topology_devices(topology)
+    chip = topology.split(":")[0]
+    name = ckpt or "llama-3-8b"
+    cfg = SHAPES[name] if name in SHAPES else read_config(name)
+    mesh = make_mesh(tensor=len(devices), devices=devices)
+    trees, single = tree_set("tr-jacobi", tree, "tpu"), tree_set("ar", backend="tpu")
+    slots, chunk, dtype = loop.bucket(cfg.max_position), 512, jnp.bfloat16
+    params = shaped(declare(cfg), mesh, dtype)
+    kv = sharding(("batch", "kv_heads", None, None), (1, cfg.kv_heads, slots, cfg.head_dim), mesh)
+    print(f"{name} in bfloat16, {slots} cache slots, trees {trees.name}, on {topology}: {len(devices)} chips, tensor-sharded")
+    print(f"{'program':<12} {'batch':>5} {'weights+cache':>14} {'temporaries':>12} {'of a chip':>9} {'time':>9} {'copies':>6}")
+    rows = {}
+    with jax.set_mesh(mesh):
+        for batch in batches:
+            state = decode_state(cfg, trees, mesh, batch, slots, dtype)
+            scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding((), (), mesh))
+            step = partial(jax.jit, static_argnames=("cfg", "trees"), donate_argnames="state")(loop.step)
+            shape = kv.shard_shape((batch, cfg.kv_heads, slots, cfg.head_dim))
+            for program, lowered in {
+                "prefill": loop.prefill_chunk.lower(
+                    params, state.cache, state.tokens, scalar, cfg=cfg, chunk=chunk
+                ),
+                "loop": loop.run.lower(params, state, scalar, cfg=cfg, trees=trees),
+                "cycle": step.lower(params, state, cfg=cfg, trees=trees),
+                "one token": step.lower(
+                    params, decode_state(cfg, single, mesh, batch, slots, dtype), cfg=cfg, trees=single
+                ),
+            }.items():
+                compiled = lowered.compile()
+                memory, seconds = compiled.memory_analysis(), compiled.cost_analysis()["optimal_seconds"]
+                args, temp = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+                row = {
+                    "argument_bytes": args,
+                    "temp_bytes": temp,
+                    "chip_frac": (args + temp) / CHIP_BYTES[chip],
+                    # A loop's cost counts its body once, whatever the trips: it would only mislead.
+                    "estimated_s": None if program == "loop" else seconds,
+                    "cache_copies": len(cache_copies(compiled.as_text(), shape)) if program == "loop" else None,
+                }
+                rows[f"{program} x{batch}"] = row
+                time = "" if program == "loop" else f"{1e3 * seconds:.2f} ms"
+                copies = "" if row["cache_copies"] is None else row["cache_copies"]
+                print(
+                    f"{program:<12} {batch:>5} {args / 2**30:>10.2f} GiB {temp / 2**30:>8.2f} GiB"
+                    f" {row['chip_frac']:>8.0%} {time:>9} {copies:>6}",
+                    flush=True,
+                )
+            ratio = rows[f"cycle x{batch}"]["estimated_s"] / rows[f"one token x{batch}"]["estimated_s"]
+            rows[f"cycle x{batch}"]["ratio_to_one_token"] = ratio
+            nodes = trees.trees[-1].size
+            print(f"batch {batch}: a cycle of {nodes} nodes costs {ratio:.2f} of one token by XLA's estimate", flush=True)
+    print(json.dumps({"model": name, "topology": topology, "chips": len(devices), "slots": slots, "programs": rows}))
+
+
+def read_config(ckpt: str) -> ModelConfig:
+    path = resolve(ckpt)
+    return GGUFSource(path).config if path.suffix == ".gguf" else hf.read_config(path)

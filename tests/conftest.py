@@ -1,0 +1,63 @@
+"""Shared fixtures. SmolLM2 is loaded once; the tiny models are the golden checkpoints."""
+
+import os
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from msn_jax import DecodeConfig, ModelConfig, forward, init, load, unembed
+from msn_jax.decode import init_state, prefill, run
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    return load("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """(cfg, params) of a random model whose greedy text is varied."""
+    cfg = ModelConfig(
+        vocab_size=61, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=48, max_position=160, tie_embeddings=True
+    )
+    return cfg, init(jax.random.key(1), cfg)
+
+
+@pytest.fixture(scope="session")
+def plain_greedy(tiny):
+    """Greedy decoding without a cache, a tree or a loop: the whole text again for each token."""
+    cfg, params = tiny
+
+    @jax.jit
+    def best(tokens):
+        positions = jnp.arange(tokens.shape[1])[None]
+        return jnp.argmax(unembed(params, cfg, forward(params, cfg, tokens, positions)[0]), axis=-1)
+
+    def decode(prompt, count):
+        text = list(prompt)
+        for _ in range(count):
+            padded = jnp.asarray([text + [0] * (cfg.max_position - len(text))], jnp.int32)
+            text.append(int(best(padded)[0, len(text) - 1]))
+        return text[len(prompt) :]
+
+    return decode
+
+
+def decode_all(params, cfg, trees, prompts, stop_ids=(), chunk=16, slots=256, **settings):
+    """Prefill and run to the end. Returns (state on the host, tokens of each row)."""
+    state = init_state(cfg, trees, prompts, DecodeConfig(**settings), stop_ids, slots=slots)
+    state = prefill(params, state, cfg=cfg, chunk=chunk)
+    state, _ = run(params, state, 2**31 - 1, cfg=cfg, trees=trees)
+    state = jax.device_get(state)
+    ends = state.cache.length + 1
+    return state, [np.asarray(state.tokens)[b, len(p) : ends[b]].tolist() for b, p in enumerate(prompts)]

@@ -1,0 +1,156 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import GOLDENS
+
+from msn_jax import InputError, ModelConfig, forward, unembed
+from msn_jax.config import SHAPES
+from msn_jax.io import hf
+from msn_jax.model import declare, init_cache, linear, rope_frequencies, write_cache
+
+TINY = sorted(path.name for path in GOLDENS.glob("tiny_*"))
+
+
+def logits_of(params, cfg, ids):
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    return np.asarray(unembed(params, cfg, forward(params, cfg, jnp.asarray(ids), positions)[0]))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_tiny_models_match_torch(name):
+    folder = GOLDENS / name
+    cfg = hf.read_config(folder)
+    params = hf.load_params(cfg, hf.SafetensorsSource(folder))
+    golden = np.load(folder / "logits.npz")
+    np.testing.assert_allclose(logits_of(params, cfg, golden["ids"]), golden["logits"], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(logits_of(params, cfg, golden["long_ids"]), golden["long_logits"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("text", [0, 1, 2])
+def test_smollm2_matches_torch(smollm2, text):
+    golden = np.load(GOLDENS / "smollm2.npz")
+    logits = logits_of(smollm2.params, smollm2.cfg, golden[f"ids_{text}"][None])[0]
+    ours = np.take_along_axis(logits, golden[f"cols_{text}"], axis=1)
+    np.testing.assert_allclose(ours, golden[f"logits_{text}"], atol=1e-3, rtol=0)
+    clear = golden[f"gap_{text}"] > 2e-3
+    assert clear.sum() > 0.9 * len(clear)
+    assert (logits.argmax(axis=1) == golden[f"argmax_{text}"])[clear].all()
+
+
+def test_chunks_through_the_cache_equal_one_pass(tiny):
+    cfg, params = tiny
+    ids = jax.random.randint(jax.random.key(0), (2, 24), 0, cfg.vocab_size)
+    whole = logits_of(params, cfg, ids)
+    cache, hidden = init_cache(cfg, 2, 32), []
+    for start in (0, 8, 16):
+        starts = jnp.full(2, start)
+        positions = jnp.broadcast_to(start + jnp.arange(8), (2, 8))
+        h, new = forward(params, cfg, ids[:, start : start + 8], positions, None, cache.replace(length=starts))
+        cache = write_cache(cache, new, starts)
+        hidden.append(h)
+    parts = unembed(params, cfg, jnp.concatenate(hidden, axis=1))
+    np.testing.assert_allclose(parts, whole, atol=1e-4)
+
+
+def test_a_token_depends_on_those_before_it_alone(tiny):
+    cfg, params = tiny
+    ids = jnp.arange(10)[None]
+    positions = jnp.arange(10)[None]
+
+    def row(embed, at):
+        hidden, _ = forward(params.replace(embed=embed), cfg, ids, positions)
+        return hidden[0, at].sum()
+
+    # Each token occurs once, so the gradient of the embedding table tells which positions were read.
+    grad = jax.grad(row)(params.embed, 4)
+    read = np.abs(np.asarray(grad)[:10]).sum(axis=1) > 0
+    assert read.tolist() == [True] * 5 + [False] * 5
+
+
+def test_a_tree_node_sees_its_ancestors_alone(tiny):
+    cfg, params = tiny
+    #   0 - 1 - 3
+    #    \- 2
+    mask = jnp.array([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]], bool)
+    tokens, positions = jnp.array([[5, 6, 7, 8]]), jnp.array([[0, 1, 1, 2]])
+    tree, _ = forward(params, cfg, tokens, positions, mask)
+    for path in ([0, 1, 3], [0, 2]):
+        index = jnp.array(path)
+        alone, _ = forward(params, cfg, tokens[:, index], positions[:, index])
+        np.testing.assert_allclose(tree[:, index], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 33])
+def test_linear_contracts_the_last_axes(rows):
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((2, rows, 3, 4)), rng.standard_normal((5, 6, 3, 4))
+    got = linear(jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32), in_dims=2)
+    np.testing.assert_allclose(got, np.einsum("btnh,ofnh->btof", x, w), atol=1e-5)
+
+
+def test_bfloat16_is_close(tiny):
+    cfg, params = tiny
+    ids = jnp.arange(20)[None]
+    exact = logits_of(params, cfg, ids)
+    rounded = logits_of(jax.tree.map(lambda a: a.astype(jnp.bfloat16), params), cfg, ids)
+    assert rounded.dtype == np.float32
+    assert 1e-4 < np.abs(rounded - exact).mean() < 0.05 * np.abs(exact).mean()
+
+
+def test_published_parameter_counts():
+    count = lambda cfg: sum(int(np.prod(spec.shape)) for spec in jax.tree.leaves(declare(cfg)))
+    assert count(SHAPES["smollm2-135m"]) == 134_515_008
+    assert count(SHAPES["llama-3-8b"]) == 8_030_261_248
+
+
+def hf_config(**changes):
+    base = json.loads((GOLDENS / "tiny_mha" / "config.json").read_text())
+    return {**base, **changes}
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2'"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"attention_bias": True}, "attention_bias = True"),
+        ({"mlp_bias": True}, "mlp_bias = True"),
+        ({"sliding_window": 128}, "sliding_window = 128"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope type 'yarn'"),
+        ({"num_key_value_heads": 4}, "heads 6 is not a multiple of kv_heads 4"),
+    ],
+)
+def test_an_unsupported_field_is_refused_by_name(changes, named):
+    with pytest.raises(InputError, match=named.replace("(", r"\(")):
+        ModelConfig.from_hf(hf_config(**changes))
+
+
+def test_a_missing_field_is_named():
+    config = hf_config()
+    del config["hidden_size"]
+    with pytest.raises(InputError, match="'hidden_size' is missing"):
+        ModelConfig.from_hf(config)
+
+
+def test_llama3_scaling_keeps_short_and_stretches_long_wavelengths():
+    cfg = ModelConfig.from_hf(
+        hf_config(
+            rope_parameters={
+                "rope_type": "llama3",
+                "rope_theta": 5e5,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+            head_dim=128,
+        )
+    )
+    plain = 5e5 ** -(np.arange(0, 128, 2) / 128)
+    ratio = rope_frequencies(cfg) / plain
+    wavelength = 2 * np.pi / plain
+    np.testing.assert_allclose(ratio[wavelength < 8192 / 4], 1, rtol=1e-6)
+    np.testing.assert_allclose(ratio[wavelength > 8192], 1 / 8, rtol=1e-6)
