@@ -180,7 +180,9 @@ def commit(state: DecodeState, result: PassResult) -> DecodeState:
     last = state.cache.length
     kept, stopped = verify.cut(result.emitted, result.count, state.limit - last - 1, state.stop_ids)
     kept = jnp.where(state.done, 0, kept)
-    cache = write_cache(state.cache, result.kv, last)
+    # The slot is `last`. Taking it by way of a token (never negative) tells XLA that the pass has read the cache to
+    # its end before; or it copies the whole cache in each cycle of a loop with one tree.
+    cache = write_cache(state.cache, result.kv, last + jnp.minimum(result.emitted[:, 0], 0))
     after = last[:, None] + 1 + jnp.arange(result.emitted.shape[1])
     inside = jnp.arange(result.emitted.shape[1]) < kept[:, None]
     old = jnp.take_along_axis(state.tokens, after, axis=1)
