@@ -25,7 +25,7 @@ def retrieve(tokens: Array, last: Array, count: int) -> tuple[Array, Array]:
         shifted = jnp.pad(tokens, ((0, 0), (back, 0)))[:, : tokens.shape[1]]
         # at < last leaves out the end itself, and with it any match that would start before the text.
         same &= (shifted == end) & (at >= back) & (at < last[:, None])
-        match += same
+        match += same.astype(jnp.int32)
     best = jnp.argmax(match * tokens.shape[1] + at, axis=1)
     match = jnp.take_along_axis(match, best[:, None], axis=1)[:, 0]
     source = best[:, None] + 1 + jnp.arange(count)
@@ -59,18 +59,23 @@ def fill(tree: TreeSpec, root: Array, jacobi: Array, retrieval: Array, noise: Ar
     return jnp.where(draft >= 0, draft, noise), draft >= 0
 
 
-def predict_ahead(tree: TreeSpec, logits: Array, best: Array, depths: int, ranks: int) -> Array:
+def predict_ahead(
+    tree: TreeSpec, logits: Array, greedy: Array, best: Array, depths: int, ranks: int
+) -> Array:
     """The best candidates at the noise positions that follow the last accepted node.
 
-    logits [B, M, V], best int32[B]. Returns int32[B, depths, ranks]: row j for the draft of depth j + 1 under the
-    next root; -1 where no node of the tree looks that far.
+    logits [B, M, V] and their argmax `greedy` [B, M]; best int32[B]. Returns int32[B, depths, ranks]: row j for the
+    draft of depth j + 1 under the next root; -1 where no node of the tree looks that far.
     """
     B = logits.shape[0]
     rows = min(depths, tree.follow.shape[1])
     if rows == 0 or ranks == 0:
         return jnp.full((B, depths, ranks), -1, jnp.int32)
     nodes = jnp.asarray(tree.follow)[best, :rows]
-    ahead = jnp.take_along_axis(logits, jnp.maximum(nodes, 0)[:, :, None], axis=1)
-    top = jnp.argmax(ahead, axis=-1)[..., None] if ranks == 1 else jax.lax.top_k(ahead, ranks)[1]
-    top = jnp.where(nodes[:, :, None] >= 0, top, -1).astype(jnp.int32)
+    index = jnp.maximum(nodes, 0)
+    if ranks == 1:
+        top = jnp.take_along_axis(greedy, index, axis=1)[:, :, None]
+    else:
+        top = jax.lax.top_k(jnp.take_along_axis(logits, index[:, :, None], axis=1), ranks)[1]
+    top = jnp.where(nodes[:, :, None] >= 0, top, -1)
     return jnp.pad(top, ((0, 0), (0, depths - rows), (0, 0)), constant_values=-1)

@@ -160,8 +160,9 @@ def tree_pass(
     hidden, new = forward(params, cfg, tokens, positions, tree.ancestors, state.cache)
     logits = unembed(params, cfg, hidden)
 
-    target = verify.targets(tree, logits, tokens, valid, last, state.request, state.sampling)
-    best, emitted = verify.accept(tree, tokens, valid, target)
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    target = verify.targets(tree, logits, greedy, tokens, valid, last, state.request, state.sampling)
+    best, emitted, count = verify.accept(tree, tokens, valid, target)
 
     spare = trees.width - tree.width
     path = jnp.pad(jnp.asarray(tree.path)[best], ((0, 0), (0, spare)))
@@ -169,8 +170,8 @@ def tree_pass(
     return PassResult(
         kv=tuple((jnp.take_along_axis(k, rows, axis=2), jnp.take_along_axis(v, rows, axis=2)) for k, v in new),
         emitted=jnp.pad(emitted, ((0, 0), (0, spare))),
-        count=jnp.asarray(tree.depth, jnp.int32)[best] + 1,
-        jacobi=draft.predict_ahead(tree, logits, best, *trees.jacobi_shape),
+        count=count,
+        jacobi=draft.predict_ahead(tree, logits, greedy, best, *trees.jacobi_shape),
     )
 
 
@@ -195,7 +196,7 @@ def commit(state: DecodeState, result: PassResult) -> DecodeState:
         done=state.done | stopped | (last + 1 >= state.limit),
         stopped=state.stopped | (stopped & ~state.done),
         accepted=state.accepted.at[rows, state.forwards].set(count),
-        forwards=state.forwards + ~state.done,
+        forwards=state.forwards + jnp.where(state.done, 0, 1),
     )
 
 

@@ -201,7 +201,8 @@ _TREES = (
     branching("msn69", 5, _MEDUSA_63),
 )
 TREE_SETS: dict[str, TreeSet] = {tree.name: TreeSet(tree.name, (tree,), (0,)) for tree in _TREES} | {
-    "adaptive": TreeSet("adaptive", (_ROOT, chain(7, EITHER, "chain8"), chain(15, EITHER, "chain16")), (0, 2, 6)),
+    # Sizes and thresholds from the matches and costs of 40 training prompts (LOG.md), by simulation.
+    "adaptive": TreeSet("adaptive", (_ROOT, chain(3, EITHER, "chain4"), chain(7, EITHER, "chain8")), (0, 1, 4)),
 }
 
 METHODS = ("tr-jacobi", "jacobi", "lookup", "ar")

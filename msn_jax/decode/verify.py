@@ -51,16 +51,20 @@ def sampling_scores(logits: Array, position: Array, request: Array, sampling: Sa
 
 
 def targets(
-    tree: TreeSpec, logits: Array, tokens: Array, valid: Array, position: Array, request: Array, sampling: Sampling
+    tree: TreeSpec,
+    logits: Array,
+    greedy: Array,
+    tokens: Array,
+    valid: Array,
+    position: Array,
+    request: Array,
+    sampling: Sampling,
 ) -> Array:
     """The token that plain decoding emits after each node, int32[B, M].
 
-    logits [B, M, V]; tokens, valid [B, M]; position int32[B]: of the root. Greedy: of every node. Sampling walks
-    down from the root and draws only where it comes past; nodes that it misses get -1.
+    logits [B, M, V] and their argmax `greedy` [B, M]; tokens, valid [B, M]; position int32[B]: of the root.
+    Sampling walks down from the root and draws only where it comes past; nodes that it misses get -1.
     """
-
-    def greedy():
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     def sampled():
         parents = jnp.asarray(tree.parents)
@@ -78,21 +82,22 @@ def targets(
         start = jnp.int32(0), root, jnp.full(tokens.shape, -1, jnp.int32)
         return jax.lax.while_loop(lambda carry: carry[1].any(), draw, start)[2]
 
-    return jax.lax.cond(sampling.temperature > 0, sampled, greedy)
+    return jax.lax.cond(sampling.temperature > 0, sampled, lambda: greedy)
 
 
-def accept(tree: TreeSpec, tokens: Array, valid: Array, targets: Array) -> tuple[Array, Array]:
+def accept(tree: TreeSpec, tokens: Array, valid: Array, targets: Array) -> tuple[Array, Array, Array]:
     """The last node of the longest accepted path, and what the pass emits.
 
     A draft is accepted when it is the target of its parent and its parent is accepted. Returns (best int32[B],
-    emitted int32[B, E]): the first depth[best] + 1 of a row's emitted tokens are meant, the last of them the
-    target of `best` itself, which no draft had to guess.
+    emitted int32[B, E], count int32[B]): the first count = depth[best] + 1 of a row's emitted tokens hold, the last
+    of them the target of `best` itself, which no draft had to guess.
     """
     wrong = ~valid | (tokens != targets[:, jnp.asarray(tree.parents)])
     wrong = wrong.at[:, 0].set(False)
     accepted = ~(wrong[:, None, :] & tree.ancestors).any(axis=2)
     best = jnp.argmax(jnp.where(accepted, tree.depth, -1), axis=1)
-    return best, jnp.take_along_axis(targets, jnp.asarray(tree.path)[best], axis=1)
+    emitted = jnp.take_along_axis(targets, jnp.asarray(tree.path)[best], axis=1)
+    return best, emitted, jnp.asarray(tree.depth, jnp.int32)[best] + 1
 
 
 def cut(emitted: Array, count: Array, remaining: Array, stop_ids: Array) -> tuple[Array, Array]:

@@ -1,0 +1,90 @@
+import numpy as np
+import pytest
+
+from msn_jax import InputError
+from msn_jax.decode.tree import (
+    EITHER,
+    JACOBI,
+    NOISE,
+    RETRIEVAL,
+    ROOT,
+    TREE_SETS,
+    TreeSet,
+    TreeSpec,
+    chain,
+    tree_set,
+)
+
+#   0 - 1 - 3 - 4(noise)
+#    \- 2
+SMALL = TreeSpec("small", (-1, 0, 0, 1, 3), ((ROOT, 0), (JACOBI, 0), (RETRIEVAL, 0), (JACOBI, 1), (NOISE, 0)))
+
+
+def test_a_small_tree_by_hand():
+    assert SMALL.depth.tolist() == [0, 1, 1, 2, 3]
+    assert SMALL.ancestors.astype(int).tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 0, 1, 0, 0],
+        [1, 1, 0, 1, 0],
+        [1, 1, 0, 1, 1],
+    ]
+    assert SMALL.width == 3  # the noise node is never emitted
+    assert SMALL.path[:4].tolist() == [[0, 0, 0], [0, 1, 1], [0, 2, 2], [0, 1, 3]]
+    assert SMALL.follow.tolist() == [[1, 3, 4], [3, 4, -1], [-1, -1, -1], [4, -1, -1], [-1, -1, -1]]
+
+
+def test_explicit_noise_goes_before_rejected_drafts():
+    tree = TreeSpec("noisy", (-1, 0, 0, 2), ((ROOT, 0), (JACOBI, 0), (NOISE, 0), (NOISE, 0)))
+    assert tree.follow[0].tolist() == [2, 3]
+
+
+def test_the_reference_tree():
+    (tree,) = TREE_SETS["msn69"].trees
+    assert tree.size == 69
+    # 5 retrieval nodes and Medusa's 63, of which 10, 28, 23 and 2 stand at depths 1 to 4.
+    assert np.bincount(tree.depth[tree.kind(JACOBI)]).tolist() == [0, 10, 28, 23, 2]
+    assert tree.depth[tree.kind(RETRIEVAL)].tolist() == [1, 2, 3, 4, 5]
+    assert tree.width == 6
+    assert TREE_SETS["msn69"].jacobi_shape == (4, 10)
+
+
+def test_methods_take_their_own_drafts():
+    kinds = lambda trees: {kind for tree in trees.trees for kind, _ in tree.sources}
+    assert kinds(tree_set("ar")) == {ROOT}
+    assert kinds(tree_set("lookup", "msn69")) == {ROOT, RETRIEVAL}
+    assert kinds(tree_set("jacobi", "msn69")) == {ROOT, JACOBI}
+    assert kinds(tree_set("lookup", "chain8")) == {ROOT, RETRIEVAL}
+    assert kinds(tree_set("tr-jacobi", "chain8")) == {ROOT, EITHER}
+    assert tree_set("lookup", "msn69").trees[0].size == 6
+    assert tree_set("jacobi", "adaptive").trees[0].size == 8
+
+
+def test_bfloat16_on_cpu_runs_two_rows():
+    assert tree_set("ar", dtype="bfloat16").trees[0].size == 2
+
+
+@pytest.mark.parametrize(
+    "parents, sources, named",
+    [
+        ((-1, 2, 0), ((ROOT, 0), (JACOBI, 0), (JACOBI, 0)), "parent 2 of node 1"),
+        ((0,), ((ROOT, 0),), "node 0 must be the root"),
+        ((-1, 0), ((ROOT, 0), ("medusa", 0)), "unknown source 'medusa'"),
+        ((-1, 0, 1), ((ROOT, 0), (NOISE, 0), (JACOBI, 0)), "hangs under the noise node"),
+        ((-1, 0), ((ROOT, 0),), "2 parents, 1 sources"),
+    ],
+)
+def test_what_is_no_tree_is_refused(parents, sources, named):
+    with pytest.raises(InputError, match=named):
+        TreeSpec("bad", parents, sources)
+
+
+def test_unknown_names_and_useless_pairs_are_refused():
+    with pytest.raises(InputError, match="unknown method 'medusa'.*tr-jacobi"):
+        tree_set("medusa")
+    with pytest.raises(InputError, match="unknown tree 'oak'.*msn69"):
+        tree_set("tr-jacobi", "oak")
+    with pytest.raises(InputError, match="'root' has no draft"):
+        tree_set("jacobi", "root")
+    with pytest.raises(InputError, match="min_match must rise"):
+        TreeSet("bad", (chain(1, JACOBI), chain(2, JACOBI)), (0, 0))

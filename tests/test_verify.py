@@ -1,0 +1,187 @@
+"""Acceptance from hand-made trees and logits; sampling against float64 NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from msn_jax.decode import draft, verify
+from msn_jax.decode.tree import EITHER, JACOBI, NOISE, RETRIEVAL, ROOT, TreeSpec
+
+#        - 1(a) - 3(b) - 5(noise)
+#   0(r)
+#        - 2(c) - 4(d)
+TREE = TreeSpec(
+    "hand",
+    (-1, 0, 0, 1, 2, 3),
+    ((ROOT, 0), (JACOBI, 0), (JACOBI, 1), (JACOBI, 0), (JACOBI, 0), (NOISE, 0)),
+)
+R, A, B, C, D, X = 1, 2, 3, 4, 5, 9
+TOKENS = jnp.array([[R, A, C, B, D, 7]])
+VALID = jnp.array([[True, True, True, True, True, False]])
+
+
+def accepted(targets, tokens=TOKENS, valid=VALID):
+    best, emitted, count = verify.accept(TREE, tokens, valid, jnp.array([targets]))
+    return int(best[0]), emitted[0, : int(count[0])].tolist()
+
+
+def test_never_accepts():
+    assert accepted([X, B, D, 7, X, X]) == (0, [X])
+
+
+def test_always_accepts():
+    assert accepted([A, B, D, X, X, X]) == (3, [A, B, X])
+
+
+def test_takes_the_other_branch_in_part():
+    assert accepted([C, B, X, X, D, X]) == (2, [C, X])
+    assert accepted([C, B, D, X, X, X]) == (4, [C, D, X])
+
+
+def test_a_child_needs_its_parent():
+    # Node 3 is what follows node 1, but node 1 is not what follows the root.
+    assert accepted([X, B, D, X, X, X]) == (0, [X])
+
+
+def test_an_invalid_node_never_matches():
+    # The noise under node 3 happens to be the token that comes next.
+    assert accepted([A, B, D, 7, X, X]) == (3, [A, B, 7])
+    assert accepted([A, B, D, X, X, X], valid=VALID.at[0, 1].set(False)) == (0, [A])
+
+
+def test_a_root_that_recurs_after_a_leaf_is_no_pad():
+    assert accepted([A, B, D, R, R, X]) == (3, [A, B, R])
+
+
+def test_twins_accept_the_longer_way():
+    tokens = jnp.array([[R, A, A, X, D, 7]])
+    assert accepted([A, 7, D, 7, X, X], tokens=tokens) == (4, [A, D, X])
+
+
+def test_rows_differ():
+    tokens, valid = jnp.tile(TOKENS, (2, 1)), jnp.tile(VALID, (2, 1))
+    best, _, _ = verify.accept(TREE, tokens, valid, jnp.array([[A, B, D, X, X, X], [C, X, X, X, X, X]]))
+    assert best.tolist() == [3, 2]
+
+
+@pytest.mark.parametrize(
+    "emitted, count, remaining, kept, stopped",
+    [
+        ([5, 6, 7, 8], 4, 9, 4, False),
+        ([5, 6, 7, 8], 2, 9, 2, False),
+        ([5, 6, 7, 8], 4, 3, 3, False),
+        ([5, 99, 7, 8], 4, 9, 2, True),  # a stop inside the path: nothing after it
+        ([5, 6, 7, 99], 3, 9, 3, False),  # a stop that was not accepted
+        ([5, 99, 98, 8], 4, 1, 1, False),  # the limit comes before the stop
+        ([5, 6, 98, 99], 4, 9, 3, True),  # the first of two stop ids
+    ],
+)
+def test_cut(emitted, count, remaining, kept, stopped):
+    as_row = lambda x: jnp.array([x])
+    got = verify.cut(as_row(emitted), as_row(count), as_row(remaining), jnp.array([99, 98, -1]))
+    assert (int(got[0][0]), bool(got[1][0])) == (kept, stopped)
+
+
+def numpy_keep(logits, top_k, top_p):
+    """Top-k, then top-p, one token at a time in float64."""
+    order = np.argsort(-logits)
+    order = order[: top_k or len(order)]
+    p = np.exp(logits[order] - logits[order].max())
+    p /= p.sum()
+    kept, mass = set(), 0.0
+    for token, q in zip(order, p, strict=True):
+        if mass >= top_p:
+            break
+        kept.add(int(token))
+        mass += q
+    return kept
+
+
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (5, 1.0), (0, 0.7), (8, 0.5), (1, 1.0), (0, 1e-6)])
+def test_keep_top_matches_numpy(top_k, top_p):
+    logits = np.random.default_rng(0).normal(size=(4, 50)) * 2
+    got = verify.keep_top(jnp.asarray(logits, jnp.float32), jnp.int32(top_k), jnp.float32(top_p))
+    for row, kept in zip(logits, np.isfinite(got), strict=True):
+        assert set(np.flatnonzero(kept)) == numpy_keep(row, top_k, top_p)
+
+
+def test_samples_follow_the_softmax():
+    logits = jnp.array([1.0, 0.0, -1.0, 2.0])
+    n = 4000
+    sampling = verify.Sampling(jnp.float32(0.7), jnp.int32(3), jnp.float32(1.0), jnp.uint32(5))
+    rows = jnp.tile(logits, (n, 1))
+    draws = jnp.argmax(verify.sampling_scores(rows, jnp.arange(n), jnp.zeros(n, jnp.int32), sampling), axis=-1)
+    p = np.exp(np.array([1.0, 0.0, -np.inf, 2.0]) / 0.7)
+    p /= p.sum()
+    share = np.bincount(draws, minlength=4) / n
+    assert share[2] == 0
+    # Five standard deviations of a share of n draws: once in a million seeds.
+    assert (np.abs(share - p) <= 5 * np.sqrt(p * (1 - p) / n)).all()
+
+
+def test_noise_depends_on_seed_request_and_position():
+    logits = jnp.zeros((1, 8))
+    base = dict(temperature=jnp.float32(1), top_k=jnp.int32(0), top_p=jnp.float32(1))
+    at = lambda seed, request, position: verify.sampling_scores(
+        logits, jnp.array([position]), jnp.array([request]), verify.Sampling(seed=jnp.uint32(seed), **base)
+    )
+    one = at(1, 2, 3)
+    np.testing.assert_array_equal(one, at(1, 2, 3))
+    for other in (at(2, 2, 3), at(1, 3, 3), at(1, 2, 4)):
+        assert np.abs(one - other).min() > 0
+
+
+def python_retrieve(text, longest):
+    """Every earlier end, every length."""
+    best = (0, -1)
+    for end in range(len(text) - 1):
+        n = 0
+        while n <= end and n < longest and text[end - n] == text[len(text) - 1 - n]:
+            n += 1
+        best = max(best, (n, end))
+    return best
+
+
+def test_retrieve_matches_a_search_by_hand():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        length = int(rng.integers(1, 40))
+        text = rng.integers(0, 3, length).tolist()
+        tokens = np.full((1, 48), 2)  # what lies beyond the text must not be found
+        tokens[0, :length] = text
+        got, match = draft.retrieve(jnp.asarray(tokens, jnp.int32), jnp.array([length - 1]), 5)
+        n, end = python_retrieve(text, draft.LONGEST_MATCH)
+        expected = (text[end + 1 : end + 6] if n else []) + [-1] * 5
+        assert (int(match[0]), got[0].tolist()) == (n, expected[:5]), text
+
+
+def test_fill_takes_each_source_and_marks_the_empty():
+    tree = TreeSpec(
+        "fill",
+        (-1, 0, 1, 0, 3, 3, 4),
+        ((ROOT, 0), (RETRIEVAL, 0), (RETRIEVAL, 0), (EITHER, 0), (EITHER, 0), (JACOBI, 1), (NOISE, 0)),
+    )
+    jacobi = jnp.array([[[10, 11], [20, 21]]])
+    retrieval = jnp.array([[30, -1]])
+    tokens, valid = draft.fill(tree, jnp.array([1]), jacobi, retrieval, jnp.full((1, 7), 77))
+    assert tokens[0].tolist() == [1, 30, 77, 30, 20, 21, 77]
+    assert valid[0].tolist() == [True, True, False, True, True, True, False]
+
+
+def test_predict_ahead_reads_the_rows_that_follow():
+    tree = TreeSpec("ahead", (-1, 0, 1), ((ROOT, 0), (JACOBI, 0), (JACOBI, 0)))
+    logits = jax.nn.one_hot(jnp.array([[4, 5, 6]]), 8) + 0.5 * jax.nn.one_hot(jnp.array([[0, 1, 2]]), 8)
+    greedy = jnp.argmax(logits, axis=-1)
+    ahead = lambda best, ranks: draft.predict_ahead(tree, logits, greedy, jnp.array([best]), 3, ranks)[0].tolist()
+    assert ahead(0, 2) == [[5, 1], [6, 2], [-1, -1]]
+    assert ahead(1, 1) == [[6], [-1], [-1]]
+    assert ahead(2, 1) == [[-1], [-1], [-1]]
+
+
+def test_noise_comes_from_the_prefix():
+    tokens = jnp.arange(100, 140)[None].repeat(3, axis=0)
+    drawn = draft.prefix_tokens(jax.random.key(0), tokens, jnp.array([0, 4, 39]), 500)
+    assert set(drawn[0].tolist()) == {100}
+    assert set(drawn[1].tolist()) == {100, 101, 102, 103, 104}
+    assert set(drawn[2].tolist()) == set(range(100, 140))
