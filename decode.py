@@ -1,6 +1,6 @@
 """Decode prompts with a LLaMA-family checkpoint, several tokens a forward pass, with the tokens of plain decoding.
 
-    python decode.py --ckpt smollm2-135m-instruct --prompt "What is a prime number?" --compare
+python decode.py --ckpt smollm2-135m-instruct --prompt "What is a prime number?" --compare
 """
 
 from __future__ import annotations
@@ -36,10 +36,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     what.add_argument("--prompt", help="one prompt; the chat template is applied")
     what.add_argument("--prompts", help="JSONL file; rows have `prompt` (raw), `messages` or `turns` (the first)")
     what.add_argument("--chat", action="store_true", help="talk to the model; an empty line or Ctrl-D ends it")
-    what.add_argument("--plan", action="store_true", help="compile for a TPU slice, print memory and cost, decode nothing")
+    what.add_argument(
+        "--plan", action="store_true", help="compile for a TPU slice, print memory and cost, decode nothing"
+    )
     p.add_argument("--topology", default="v5e:2x4", help="TPU slice for --plan")
     p.add_argument("--method", default="tr-jacobi", choices=METHODS, help="how to draft")
-    p.add_argument("--tree", choices=sorted(TREE_SETS), help="token trees; default: those measured best for the backend")
+    p.add_argument(
+        "--tree", choices=sorted(TREE_SETS), help="token trees; default: those measured best for the backend"
+    )
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of weights and computation")
     p.add_argument("--max_new_tokens", type=int, default=256)
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
@@ -87,12 +91,19 @@ def row_prompt(row: object, where: str, chat_template: str) -> str | list:
     if "messages" in row:
         messages = row["messages"]
         fine = isinstance(messages, list) and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in messages
         )
         if not fine or not messages:
             raise InputError(f"{where}: `messages` must be a list of {{role, content}} texts")
         return messages
-    text = row["prompt"] if "prompt" in row else row["turns"][0] if isinstance(row["turns"], list) and row["turns"] else None
+    text = (
+        row["prompt"]
+        if "prompt" in row
+        else row["turns"][0]
+        if isinstance(row["turns"], list) and row["turns"]
+        else None
+    )
     if not isinstance(text, str) or not text:
         raise InputError(f"{where}: the prompt is empty or not a text")
     return text if chat_template == "no" or ("prompt" in row and chat_template == "auto") else as_chat(text)
@@ -282,7 +293,8 @@ def main(argv: list[str] | None = None) -> None:
         write_report(args.html, lm, args.prompt, results[0], plain[0] if plain else None)
         print(f"wrote {args.html}")
     if not plain:
-        print("{0:>0} tokens, {1} passes, {2} a pass, {3} tokens/s, {4} ms a pass".format(*summary(results)), file=sys.stderr)
+        tokens, passes, mat, rate, ms = summary(results)
+        print(f"{tokens} tokens, {passes} passes, {mat} a pass, {rate} tokens/s, {ms} ms a pass", file=sys.stderr)
 
 
 if __name__ == "__main__":

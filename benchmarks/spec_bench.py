@@ -185,12 +185,16 @@ def main() -> None:
         ar = [r for r in rows if r["method"] == "ar"]
         return {name: figures([r for r in rows if r["method"] == name], ar) for name in arms}
 
-    categories = {c: table([r for r in rows if r["category"] == c]) for c in dict.fromkeys(q["category"] for q in questions)}
+    categories = {
+        c: table([r for r in rows if r["category"] == c]) for c in dict.fromkeys(q["category"] for q in questions)
+    }
     for category, methods in categories.items():
         print_table(category, methods)
     overall = table(rows)
     print_table("overall", overall)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
     print(
         json.dumps(
             {

@@ -57,7 +57,11 @@ def read_bytes_per_s(rounds: int, size: int = 2**27) -> float:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("--ckpt", default="smollm2-135m-instruct", help=f"a checkpoint, or with random weights: {', '.join(SHAPES)}")
+    p.add_argument(
+        "--ckpt",
+        default="smollm2-135m-instruct",
+        help=f"a checkpoint, or with random weights: {', '.join(SHAPES)}",
+    )
     p.add_argument("--nodes", default="1,2,4,8,16,32,64")
     p.add_argument("--slots", type=int, default=512, help="cache slots, half of them filled")
     p.add_argument("--batch_size", type=int, default=1)
@@ -98,7 +102,8 @@ def main() -> None:
     cached = sum(a.nbytes for a in jax.tree.leaves((cache.k, cache.v)))
     floor = (weights + cached) / bytes_per_s
     one = np.median(seconds[min(seconds)])
-    print(f"{weights / 1e6:.0f} MB of weights, {cached / 1e6:.0f} MB of cache, read at {bytes_per_s / 1e9:.1f} GB/s: floor {1e3 * floor:.1f} ms")
+    sizes = f"{weights / 1e6:.0f} MB of weights, {cached / 1e6:.0f} MB of cache"
+    print(f"{sizes}, read at {bytes_per_s / 1e9:.1f} GB/s: floor {1e3 * floor:.1f} ms")
     print(f"{'nodes':>5} {'ms a pass':>9} {'min':>7} {'to one':>6} {'to floor':>8}")
     rows = {}
     for nodes, t in seconds.items():
@@ -110,8 +115,11 @@ def main() -> None:
             "ratio_to_one": round(ratio, 3),
             "ratio_to_floor": round(float(np.median(t)) / floor, 3),
         }
-        print(f"{nodes:>5} {rows[nodes]['ms']:>9.1f} {rows[nodes]['min_ms']:>7.1f} {ratio:>6.2f} {rows[nodes]['ratio_to_floor']:>8.2f}")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+        row = rows[nodes]
+        print(f"{nodes:>5} {row['ms']:>9.1f} {row['min_ms']:>7.1f} {ratio:>6.2f} {row['ratio_to_floor']:>8.2f}")
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
     print(
         json.dumps(
             {

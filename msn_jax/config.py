@@ -106,9 +106,7 @@ class ModelConfig:
         }
         for field, accepted in only.items():
             if hf.get(field, accepted[0]) not in accepted:
-                raise InputError(
-                    f"config.json: {field} = {hf[field]!r} is not supported; accepted: {accepted[0]!r}"
-                )
+                raise InputError(f"config.json: {field} = {hf[field]!r} is not supported; accepted: {accepted[0]!r}")
         try:
             heads, embed = hf["num_attention_heads"], hf["hidden_size"]
             max_position = hf["max_position_embeddings"]

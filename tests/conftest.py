@@ -28,7 +28,15 @@ def smollm2():
 def tiny():
     """(cfg, params) of a random model whose greedy text is varied."""
     cfg = ModelConfig(
-        vocab_size=61, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=48, max_position=160, tie_embeddings=True
+        vocab_size=61,
+        embed=32,
+        layers=2,
+        heads=4,
+        kv_heads=2,
+        head_dim=8,
+        mlp=48,
+        max_position=160,
+        tie_embeddings=True,
     )
     return cfg, init(jax.random.key(1), cfg)
 

@@ -97,10 +97,18 @@ def test_finished_rows_stay_as_they_are(tiny):
     cfg, params = tiny
     trees = tree_set("tr-jacobi")
     state, _ = decode_all(params, cfg, trees, PROMPTS[:2], max_new_tokens=5)
-    again, _ = run(params, jax.tree.map(jnp.asarray, state).replace(done=jnp.array([True, False])), 3, cfg=cfg, trees=trees)
+    again, _ = run(
+        params,
+        jax.tree.map(jnp.asarray, state).replace(done=jnp.array([True, False])),
+        3,
+        cfg=cfg,
+        trees=trees,
+    )
     assert int(again.cache.length[0]) == state.cache.length[0]
     assert int(again.forwards[0]) == state.forwards[0]
-    np.testing.assert_array_equal(again.tokens[0, : state.cache.length[0] + 1], state.tokens[0, : state.cache.length[0] + 1])
+    np.testing.assert_array_equal(
+        again.tokens[0, : state.cache.length[0] + 1], state.tokens[0, : state.cache.length[0] + 1]
+    )
 
 
 def test_chunks_give_the_tokens_of_one_run(tiny, plain_greedy):
@@ -259,7 +267,9 @@ def test_a_copied_cache_would_be_seen(tiny):
         # What finished rows must not be gated by.
         old = state.cache.k[0]
         new = jnp.where(state.done[:, None, None, None], old, old + 1)
-        return state.replace(cache=state.cache.replace(k=(jnp.concatenate([new[..., 1:], old[..., :1]], -1), *state.cache.k[1:])))
+        return state.replace(
+            cache=state.cache.replace(k=(jnp.concatenate([new[..., 1:], old[..., :1]], -1), *state.cache.k[1:]))
+        )
 
     state = init_state(cfg, TREE_SETS["root"], [[1, 2]], DecodeConfig(max_new_tokens=9), (), slots=256)
     loop_ = lambda state: jax.lax.fori_loop(0, 3, lambda i, s: select_between_caches(s), state)
@@ -268,7 +278,8 @@ def test_a_copied_cache_would_be_seen(tiny):
 
 
 @pytest.mark.parametrize(
-    "slots, size", [(1, 256), (256, 256), (257, 512), (1025, 1536), (1537, 2048), (2049, 3072), (3073, 4096), (8200, 12288)]
+    "slots, size",
+    [(1, 256), (256, 256), (257, 512), (1025, 1536), (1537, 2048), (2049, 3072), (3073, 4096), (8200, 12288)],
 )
 def test_buckets(slots, size):
     assert loop.bucket(slots) == size
@@ -294,4 +305,7 @@ def test_smollm2_methods_agree(smollm2):
     assert fast.tokens == plain.tokens and fast.text == plain.text
     assert plain.forwards == len(plain.tokens) and fast.forwards < 0.5 * plain.forwards
     warm = dict(max_new_tokens=48, temperature=0.8, seed=11)
-    assert generate(smollm2, [prompt], method="tr-jacobi", **warm)[0].tokens == generate(smollm2, [prompt], method="ar", **warm)[0].tokens
+    assert (
+        generate(smollm2, [prompt], method="tr-jacobi", **warm)[0].tokens
+        == generate(smollm2, [prompt], method="ar", **warm)[0].tokens
+    )

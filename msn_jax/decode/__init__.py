@@ -3,4 +3,14 @@
 from msn_jax.decode.loop import DecodeState, init_state, prefill, run, step
 from msn_jax.decode.tree import TREE_SETS, TreeSet, TreeSpec, tree_set
 
-__all__ = ["TREE_SETS", "DecodeState", "TreeSet", "TreeSpec", "init_state", "prefill", "run", "step", "tree_set"]
+__all__ = [
+    "TREE_SETS",
+    "DecodeState",
+    "TreeSet",
+    "TreeSpec",
+    "init_state",
+    "prefill",
+    "run",
+    "step",
+    "tree_set",
+]

@@ -59,9 +59,7 @@ def fill(tree: TreeSpec, root: Array, jacobi: Array, retrieval: Array, noise: Ar
     return jnp.where(draft >= 0, draft, noise), draft >= 0
 
 
-def predict_ahead(
-    tree: TreeSpec, logits: Array, greedy: Array, best: Array, depths: int, ranks: int
-) -> Array:
+def predict_ahead(tree: TreeSpec, logits: Array, greedy: Array, best: Array, depths: int, ranks: int) -> Array:
     """The best candidates at the noise positions that follow the last accepted node.
 
     logits [B, M, V] and their argmax `greedy` [B, M]; best int32[B]. Returns int32[B, depths, ranks]: row j for the

@@ -124,7 +124,9 @@ def sampling_of(decode: DecodeConfig) -> verify.Sampling:
 
 
 @partial(jax.jit, static_argnames=("cfg", "chunk"), donate_argnames="cache")
-def prefill_chunk(params: Params, cache: KVCache, tokens: Array, start: Array, *, cfg: ModelConfig, chunk: int) -> KVCache:
+def prefill_chunk(
+    params: Params, cache: KVCache, tokens: Array, start: Array, *, cfg: ModelConfig, chunk: int
+) -> KVCache:
     """Store keys and values of tokens[:, start : start + chunk]; the cache's lengths stay.
 
     Rows are right-padded: what a shorter row stores beyond its prompt lies above its length and is never read.

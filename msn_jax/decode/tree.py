@@ -161,9 +161,7 @@ class TreeSet:
 
 def chain(length: int, kind: str, name: str | None = None) -> TreeSpec:
     """The root and `length` drafts in a row."""
-    return TreeSpec(
-        name or f"{kind}{length}", tuple(range(-1, length)), ((ROOT, 0),) + ((kind, 0),) * length
-    )
+    return TreeSpec(name or f"{kind}{length}", tuple(range(-1, length)), ((ROOT, 0),) + ((kind, 0),) * length)
 
 
 def branching(name: str, retrieval: int, children: dict[tuple[int, ...], int]) -> TreeSpec:

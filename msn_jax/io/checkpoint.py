@@ -17,7 +17,14 @@ from msn_jax.model import Params
 ACCEPTED = "a Hugging Face directory, a .gguf file, a hub id (org/name), or smollm2-135m-instruct"
 SMOLLM2 = "smollm2-135m-instruct"
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_HUB_FILES = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "token*", "*.jinja"]
+_HUB_FILES = [
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "token*",
+    "*.jinja",
+]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,7 +55,12 @@ def from_gguf(meta: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, set[int]]:
     bpe.add_tokens(added)
     roles = {
         role: names[i]
-        for role, key in (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding"))
+        for role, key in (
+            ("bos_token", "bos"),
+            ("eos_token", "eos"),
+            ("unk_token", "unknown"),
+            ("pad_token", "padding"),
+        )
         if (i := get(f"ggml.{key}_token_id")) is not None
     }
     if get("ggml.add_bos_token"):

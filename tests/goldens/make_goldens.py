@@ -149,7 +149,12 @@ def write_smollm2(path: Path):
     out["greedy_tokens"] = done.sequences[0, ids.shape[1] :].numpy().astype(np.int32)
     out["greedy_gap"] = (best[:, 0] - best[:, 1]).numpy()
     np.savez_compressed(HERE / "smollm2.npz", **out)
-    print("smollm2: positions", sum(len(out[f"ids_{i}"]) for i in range(3)), "greedy gap", out["greedy_gap"].min())
+    print(
+        "smollm2: positions",
+        sum(len(out[f"ids_{i}"]) for i in range(3)),
+        "greedy gap",
+        out["greedy_gap"].min(),
+    )
     print(repr(tokenizer.decode(out["greedy_tokens"])))
 
 
@@ -171,7 +176,11 @@ TINY = dict(
 )
 # With a head_dim of 8 and theta 100, one of the four frequencies is kept, one blended and two stretched.
 LLAMA3 = dict(
-    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
 )
 # Name: what differs from TINY, and wrong readings of the config that must change the logits.
 VARIANTS = {

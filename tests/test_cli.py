@@ -1,0 +1,164 @@
+"""decode.py as a user types it. SmolLM2 is loaded once and handed to every call."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import decode
+from msn_jax import InputError
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def run(smollm2, monkeypatch, capsys):
+    """Call decode.py; returns what it printed."""
+    monkeypatch.setattr("msn_jax.io.checkpoint.load", lambda ckpt, dtype: smollm2)
+
+    def call(*args):
+        decode.main(["--ckpt", "smollm2-135m-instruct", *map(str, args)])
+        return capsys.readouterr()
+
+    return call
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_a_prompt_streams_its_text(run, smollm2):
+    out, err = run("--prompt", "Say hello.", "--max_new_tokens", 12)
+    assert out.strip()
+    assert re.search(r"\d+ tokens, \d+ passes", err)
+
+
+def test_compare_prints_both_columns(run):
+    out, _ = run("--prompt", "Count: 1 2 3 1 2 3 1 2", "--max_new_tokens", 24, "--compare")
+    assert "tokens identical: yes" in out
+    assert re.search(r"ar +\| tr-jacobi", out)
+    assert re.search(r"tokens a pass \(MAT\) +1\.00 +\d\.\d\d", out)
+
+
+def test_rows_of_a_file_in_order(run, tmp_path):
+    rows = [
+        {"prompt": "red, green, blue, red, green,", "id": "raw"},
+        {"messages": [{"role": "user", "content": "Hi"}], "question_id": 7},
+        {"turns": ["Name a colour.", "Another."]},
+    ]
+    out = tmp_path / "out.jsonl"
+    run(
+        "--prompts",
+        write_rows(tmp_path / "in.jsonl", rows),
+        "--out",
+        out,
+        "--max_new_tokens",
+        10,
+        "--batch_size",
+        2,
+    )
+    results = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [r["id"] for r in results] == ["raw", 7, 2]
+    fields = "id prompt_tokens tokens text finish_reason forwards accepted seconds prefill_seconds method"
+    for r in results:
+        assert list(r) == fields.split()
+        assert len(r["tokens"]) == sum(r["accepted"]) <= 10 and len(r["accepted"]) == r["forwards"]
+        assert r["finish_reason"] == ("stop" if r["tokens"][-1] in (0, 2) else "length")
+    assert results[0]["prompt_tokens"] < 20 < results[1]["prompt_tokens"]  # the template comes with a system prompt
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_html_page_is_written_whole(run, tmp_path):
+    page = tmp_path / "page.html"
+    run("--prompt", "Say <b> & 雪.", "--max_new_tokens", 8, "--html", page)
+    text = page.read_text(encoding="utf-8")
+    assert text.rstrip().endswith("</html>") and "Say &lt;b&gt; &amp; 雪." in text
+    assert list(tmp_path.iterdir()) == [page]
+
+
+def test_chat_keeps_its_history(run, monkeypatch, smollm2):
+    from msn_jax.decode import generate
+
+    seen, lines, encode = [], iter(["Hello!", "And now?", ""]), generate.encode
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr(generate, "encode", lambda lm, prompt: seen.append(prompt) or encode(lm, prompt))
+    run("--chat", "--max_new_tokens", 6)
+    assert [m["role"] for m in seen[1]] == ["user", "assistant", "user"]
+    assert seen[1][0]["content"] == "Hello!" and seen[1][1]["content"]
+
+
+@pytest.mark.parametrize(
+    "line, named",
+    [
+        (b'{"prompt": "a"\n', "line 2: not valid JSON"),
+        (b'{"prompt": "\xff"}\n', "line 2: not valid UTF-8"),
+        (b'{"text": "a"}\n', "line 2: no `prompt`, `messages` or `turns`"),
+        (b"[1]\n", "line 2: no `prompt`"),
+        (b'{"prompt": ""}\n', "line 2: the prompt is empty"),
+        (b'{"messages": [{"role": "user"}]}\n', "line 2: `messages` must be"),
+        (b'{"turns": []}\n', "line 2: the prompt is empty"),
+    ],
+)
+def test_a_bad_row_is_named_by_its_line(tmp_path, line, named):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'{"prompt": "fine"}\n' + line)
+    with pytest.raises(InputError, match=named):
+        decode.read_prompts(str(path), "auto")
+
+
+@pytest.mark.parametrize(
+    "args, named",
+    [
+        (["--prompt", " "], "--prompt is empty"),
+        (["--prompts", "nothing.jsonl"], "nothing.jsonl: No such file"),
+        (["--prompt", "a", "--out", "/nowhere/out.jsonl"], "--out /nowhere/out.jsonl: cannot be written"),
+        (["--prompt", "a", "--html", "/nowhere/a.html"], "--html /nowhere/a.html: cannot be written"),
+        (["--prompt", "a", "--method", "jacobi", "--tree", "root"], "has no draft"),
+        (["--prompt", "a", "--max_new_tokens", "0"], "max_new_tokens = 0"),
+        (["--prompt", "a", "--max_new_tokens", "9000"], r"9000 new ones \d+; the model's context is 8192"),
+        (["--prompt", "a", "--top_p", "0"], "top_p = 0.0"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature = -1.0"),
+    ],
+)
+def test_bad_settings_are_refused(run, args, named):
+    with pytest.raises(InputError, match=named):
+        run(*args)
+
+
+@pytest.mark.parametrize(
+    "args, named",
+    [
+        (["--prompt", "a", "--ckpt", "/no/such"], "--ckpt /no/such: no such file or directory; accepted:"),
+        (["--prompt", "a", "--method", "medusa"], "invalid choice: 'medusa'"),
+        (["--ckpt", "x"], "one of the arguments --prompt"),
+    ],
+)
+def test_the_program_exits_with_one_line(args, named):
+    env = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "decode.py", *args], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("decode.py: error: ") and named in done.stderr
+
+
+def test_a_run_that_breaks_keeps_its_rows(run, tmp_path, monkeypatch):
+    from msn_jax.decode import generate
+
+    whole, calls = generate._generate_batch, []
+
+    def breaks(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    monkeypatch.setattr(generate, "_generate_batch", breaks)
+    path = write_rows(tmp_path / "in.jsonl", [{"prompt": "one"}, {"prompt": "two"}])
+    with pytest.raises(KeyboardInterrupt):
+        run("--prompts", path, "--out", tmp_path / "out.jsonl", "--max_new_tokens", 4)
+    assert not (tmp_path / "out.jsonl").exists()
+    assert len((tmp_path / "out.jsonl.partial").read_text().splitlines()) == 1
