@@ -6,6 +6,7 @@ python decode.py --ckpt smollm2-135m-instruct --prompt "What is a prime number?"
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -207,8 +208,10 @@ def decode_file(lm, rows: list, config: DecodeConfig, out: str | None) -> list:
     batches = generate_batches(lm, ids, config, ids=[id_ for id_, _ in rows])
     results = []
     partial = Path(f"{out}.partial") if out else None
-    file = partial.open("w", encoding="utf-8") if partial else None
-    with tqdm(total=len(rows), unit="prompt", desc=config.method) as bar:
+    with (
+        partial.open("w", encoding="utf-8") if partial else contextlib.nullcontext() as file,
+        tqdm(total=len(rows), unit="prompt", desc=config.method) as bar,
+    ):
         for batch in batches:
             results += batch
             for result in batch:
@@ -217,8 +220,7 @@ def decode_file(lm, rows: list, config: DecodeConfig, out: str | None) -> list:
             tokens, forwards = sum(len(r.tokens) for r in results), sum(r.forwards for r in results)
             bar.set_postfix(MAT=f"{tokens / forwards:.2f}", tokens=tokens)
             bar.update(len(batch))
-    if file:
-        file.close()
+    if partial:
         partial.replace(out)
     return results
 
