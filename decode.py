@@ -20,18 +20,26 @@ if "--plan" in sys.argv:
     # The TPU compiler needs no TPU, but must not look for one.
     os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")
 
-from msn_jax.config import DecodeConfig, InputError
+from tqdm import tqdm
+
+from msn_jax import DecodeConfig, InputError, load
+from msn_jax.decode.generate import encode, generate_batches
+from msn_jax.decode.tree import METHODS, TREE_SETS, tree_set
+from msn_jax.io.checkpoint import ACCEPTED
+from msn_jax.io.tokenizer import TextStream
+from msn_jax.report import Run, write_html
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    from msn_jax.decode.tree import METHODS, TREE_SETS
-    from msn_jax.io.checkpoint import ACCEPTED
-
     class Parser(argparse.ArgumentParser):
         def error(self, message):  # one line, not the whole usage
             self.exit(2, f"decode.py: error: {message}\n")
 
-    p = Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,  # "--plan" is looked for above, before anything is parsed
+    )
     p.add_argument("--ckpt", help=f"checkpoint: {ACCEPTED}")
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="one prompt; the chat template is applied")
@@ -72,10 +80,13 @@ def read_prompts(path: str, chat_template: str) -> list[tuple[object, str | list
         where = f"{path} line {number}"
         try:
             row = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as e:
-            raise InputError(f"{where}: not valid UTF-8 (byte {e.start})") from None
+            json.dumps(row, ensure_ascii=False).encode("utf-8")  # JSON can spell half a character
         except json.JSONDecodeError as e:
             raise InputError(f"{where}: not valid JSON ({e.msg}, column {e.colno})") from None
+        except UnicodeError as e:
+            raise InputError(f"{where}: not valid UTF-8 ({e.reason} at {e.start})") from None
+        except (ValueError, RecursionError) as e:
+            raise InputError(f"{where}: not JSON that can be read ({e})") from None
         rows.append((row_id(row, len(rows)), row_prompt(row, where, chat_template)))
     if not rows:
         raise InputError(f"{path}: no prompts in it")
@@ -114,13 +125,52 @@ def as_chat(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
-def check_writable(flag: str, path: str | None) -> None:
-    """Raise InputError now where the file could not be written later."""
-    if path is None:
-        return
-    target = Path(path)
-    if target.is_dir() or not target.parent.is_dir() or not os.access(target.parent, os.W_OK):
-        raise InputError(f"{flag} {path}: cannot be written")
+def check_writable(args: argparse.Namespace) -> None:
+    """Raise InputError now where an output could not be written later, or would take the place of an input."""
+    inputs = [Path(path) for path in (args.prompts, args.ckpt) if path]
+    taken = {path.resolve(): str(path) for path in inputs}
+    for flag, path in (("--out", args.out), ("--html", args.html)):
+        if path is None:
+            continue
+        target = Path(path)
+        try:
+            if target.resolve() in taken:
+                raise InputError(f"{flag} {path}: is also {taken[target.resolve()]}")
+            if target.exists() and not target.is_file():
+                raise InputError(f"{flag} {path}: not a regular file")
+            # The longest name that either writer gives its unfinished file.
+            trial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+            trial.touch()
+            trial.unlink()
+            if Path(f"{path}.partial").is_dir():
+                raise InputError(f"{flag} {path}: {path}.partial is a directory")
+        except OSError as e:
+            raise InputError(f"{flag} {path}: cannot be written ({e.strerror})") from None
+        taken[target.resolve()] = path
+
+
+def check_flags(args: argparse.Namespace, given: list[str]) -> None:
+    """Raise InputError for flags that would be ignored together."""
+
+    def refuse(what: str, *flags: str) -> None:
+        for flag in flags:
+            if any(arg == flag or arg.startswith(f"{flag}=") for arg in given):
+                raise InputError(f"{flag} does nothing with {what}")
+
+    if args.plan:
+        refuse("--plan", "--method", "--dtype", "--batch_size", "--out", "--html", "--compare", "--max_new_tokens")
+    elif args.ckpt is None:
+        raise InputError(f"--ckpt is missing; accepted: {ACCEPTED}")
+    else:
+        refuse("a run that is no --plan", "--topology")
+    if args.chat:
+        refuse("--chat", "--out", "--html", "--compare", "--batch_size", "--chat_template")
+    if args.method == "ar":
+        refuse("--method ar", "--tree")
+    if args.html and args.prompt is None:
+        raise InputError("--html shows one prompt; give it with --prompt")
+    if args.prompt is not None and not args.prompt.strip():
+        raise InputError("--prompt is empty")
 
 
 def side_by_side(left: str, right: str) -> str:
@@ -163,9 +213,6 @@ def print_comparison(plain: list, fast: list) -> None:
 
 
 def write_report(path: str, lm, prompt: str, result, plain) -> None:
-    from msn_jax.io.tokenizer import TextStream
-    from msn_jax.report import Run, write_html
-
     runs = []
     for r in filter(None, (plain, result)):
         stream, pieces, at = TextStream(lm.tokenizer), [], 0
@@ -188,9 +235,6 @@ def write_report(path: str, lm, prompt: str, result, plain) -> None:
 
 def stream_one(lm, ids: list[int], config: DecodeConfig):
     """Generate for one prompt and print the text as it is accepted."""
-    from msn_jax.decode.generate import generate_batches
-    from msn_jax.io.tokenizer import TextStream
-
     stream = TextStream(lm.tokenizer)
     show = lambda text: print(text, end="", flush=True)
     (result,) = next(generate_batches(lm, [ids], config, on_tokens=lambda new: show(stream.add(new))))
@@ -200,10 +244,6 @@ def stream_one(lm, ids: list[int], config: DecodeConfig):
 
 def decode_file(lm, rows: list, config: DecodeConfig, out: str | None) -> list:
     """Generate for all rows with a progress bar; whole lines go to OUT.partial, which becomes OUT at the end."""
-    from tqdm import tqdm
-
-    from msn_jax.decode.generate import encode, generate_batches
-
     ids = [encode(lm, prompt) for _, prompt in rows]
     batches = generate_batches(lm, ids, config, ids=[id_ for id_, _ in rows])
     results = []
@@ -226,19 +266,23 @@ def decode_file(lm, rows: list, config: DecodeConfig, out: str | None) -> list:
 
 
 def chat(lm, config: DecodeConfig) -> None:
-    from msn_jax.decode.generate import encode
-
+    """Talk until an empty line. What cannot be answered is said in one line, and what was said before stays."""
+    if not lm.tokenizer.chat_template:
+        raise InputError("this checkpoint has no chat template; accepted: raw prompts (--chat_template no)")
     history = []
     while True:
         try:
             text = input("> ").strip()
         except EOFError:
             text = ""
+        except UnicodeDecodeError:
+            print("decode.py: that was not valid UTF-8", file=sys.stderr)
+            continue
         if not text:
             return
         try:
             result = stream_one(lm, encode(lm, [*history, *as_chat(text)]), config)
-        except InputError as e:  # the context is full: say so, keep what was said
+        except InputError as e:
             print(f"decode.py: {e}", file=sys.stderr)
             continue
         history += [*as_chat(text), {"role": "assistant", "content": result.text}]
@@ -247,56 +291,40 @@ def chat(lm, config: DecodeConfig) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
+    check_flags(args, sys.argv[1:] if argv is None else argv)
     if args.plan:
         from msn_jax.plan import plan_decode
 
         return plan_decode(args.ckpt, args.topology, args.tree)
-    if args.ckpt is None:
-        raise InputError("--ckpt is missing")
-    if args.prompt is not None and not args.prompt.strip():
-        raise InputError("--prompt is empty")
     fields = {field.name for field in dataclasses.fields(DecodeConfig)}
     config = DecodeConfig(**{name: value for name, value in vars(args).items() if name in fields})
     plain_config = dataclasses.replace(config, method="ar", tree=None)
-    if args.html and not args.prompt:
-        raise InputError("--html shows one prompt; give it with --prompt")
-    check_writable("--html", args.html)
-    check_writable("--out", args.out)
-    rows = read_prompts(args.prompts, args.chat_template) if args.prompts else None
-
-    from msn_jax.decode.generate import encode
-    from msn_jax.decode.tree import tree_set
-    from msn_jax.io.checkpoint import load
-
     tree_set(config.method, config.tree)  # an impossible pair is refused before the weights are read
+    check_writable(args)
+    if args.prompts is not None:
+        rows = read_prompts(args.prompts, args.chat_template)
+    elif args.prompt is not None:
+        rows = [(0, args.prompt if args.chat_template == "no" else as_chat(args.prompt))]
+
     lm = load(args.ckpt, dtype=args.dtype)
     if args.chat:
         return chat(lm, config)
-    plain = None
-    if args.prompt is not None:
-        prompt = args.prompt if args.chat_template == "no" else as_chat(args.prompt)
-        if args.compare or args.out or config.batch_size > 1:
-            if args.compare:
-                plain = decode_file(lm, [(0, prompt)], plain_config, None)
-            results = decode_file(lm, [(0, prompt)], config, args.out)
-        else:
-            results = [stream_one(lm, encode(lm, prompt), config)]
+    plain = decode_file(lm, rows, plain_config, None) if args.compare else None
+    streamed = args.prompt is not None and not args.compare and not args.out
+    if streamed:
+        results = [stream_one(lm, encode(lm, rows[0][1]), dataclasses.replace(config, batch_size=1))]
     else:
-        plain = decode_file(lm, rows, plain_config, None) if args.compare else None
         results = decode_file(lm, rows, config, args.out)
-    if plain:
-        print_comparison(plain, results)
-    elif args.prompts and not args.out:
-        for result in results:
-            print(f"--- {result.id}\n{result.text}")
-    elif args.out and args.prompt:
-        print(results[0].text)
     if args.html:
         write_report(args.html, lm, args.prompt, results[0], plain[0] if plain else None)
-        print(f"wrote {args.html}")
-    if not plain:
-        tokens, passes, mat, rate, ms = summary(results)
-        print(f"{tokens} tokens, {passes} passes, {mat} a pass, {rate} tokens/s, {ms} ms a pass", file=sys.stderr)
+        print(f"wrote {args.html}", file=sys.stderr)
+    if plain:
+        return print_comparison(plain, results)
+    if not streamed and not args.out:
+        for result in results:
+            print(f"--- {result.id}\n{result.text}")
+    tokens, passes, mat, rate, ms = summary(results)
+    print(f"{tokens} tokens, {passes} passes, {mat} a pass, {rate} tokens/s, {ms} ms a pass", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python benchmarks/spec_bench.py --ckpt smollm2-135m-instruct --questions FILE.jsonl --methods ar,tr-jacobi
 
-A method is METHOD[:TREE][@BATCH], such as tr-jacobi:msn69@4; `ar` at batch 1 comes first and is what the others
-are compared with. Methods take turns, question by question. Later turns of a question go on from the answer of
+A method is METHOD[:TREE][@BATCH], such as tr-jacobi:msn69@4; the first is `ar`, and what the others are compared
+with. Methods take turns, question by question. Later turns of a question go on from the answer of
 `ar`. With --results FILE every answer is kept there, and a run that was cut off goes on where it stopped.
 """
 
@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from msn_jax import DecodeConfig, InputError, load
 from msn_jax.decode.generate import encode, generate_batches, top_gap
+from msn_jax.decode.tree import tree_set
 
 NEAR_TIE = 1e-3  # scores closer than this may fall either way in passes of different width
 LOOPS = 0.2  # an output that repeats a larger share of its 4-grams is a loop
@@ -34,6 +35,8 @@ LOOPS = 0.2  # an output that repeats a larger share of its 4-grams is a loop
 def parse_method(text: str, base: DecodeConfig) -> DecodeConfig:
     name, _, batch = text.partition("@")
     method, _, tree = name.partition(":")
+    if batch and not batch.isdecimal():
+        raise InputError(f"--methods {text}: the batch size {batch!r} is no number")
     return dataclasses.replace(base, method=method, tree=tree or None, batch_size=int(batch or 1))
 
 
@@ -89,14 +92,34 @@ def print_table(title: str, methods: dict) -> None:
         )
 
 
-def read_done(path: Path | None, run: dict) -> list[dict]:
-    """Answers of an earlier, cut-off run with the same settings. A half-written last line is dropped."""
+def read_questions(path: str) -> list[dict]:
+    """Raises InputError with the line number of a row that is no question."""
+    questions = []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeError) as e:
+        raise InputError(f"--questions {path}: cannot be read ({e})") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            question = json.loads(line)
+            assert question["turns"] and all(isinstance(turn, str) for turn in question["turns"])
+            questions.append({key: question[key] for key in ("question_id", "category", "turns")})
+        except (ValueError, KeyError, TypeError, AssertionError):
+            raise InputError(f"{path} line {number}: not JSON with question_id, category, turns") from None
+    return questions
+
+
+def read_done(path: Path | None, run: dict) -> list[list[dict]]:
+    """Answered groups of an earlier, cut-off run with the same settings. A half-written last line is cut away."""
     if path is None or not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    if not lines or json.loads(lines[0]) != run:
+    whole = path.read_bytes()
+    whole = whole[: whole.rfind(b"\n") + 1]
+    lines = [json.loads(line) for line in whole.splitlines()]
+    if not lines or lines[0] != run:
         raise InputError(f"--results {path}: holds another run; name another file")
-    return [json.loads(line) for line in lines[1:]]
+    path.write_bytes(whole)
+    return lines[1:]
 
 
 def answer_group(lm, group: list[dict], arms: dict[str, DecodeConfig]) -> list[dict]:
@@ -157,32 +180,38 @@ def main() -> None:
         seed=args.seed,
     )
     arms = {text: parse_method(text, base) for text in args.methods.split(",")}
-    if next(iter(arms)) != "ar":
+    if next(iter(arms)).partition("@")[0] != "ar":
         raise InputError("--methods must begin with ar: the others are compared with it")
-    questions = spread([json.loads(line) for line in open(args.questions, encoding="utf-8")], args.limit)
+    for config in arms.values():
+        tree_set(config.method, config.tree)
+    questions = spread(read_questions(args.questions), args.limit)
+    if not questions:
+        raise InputError(f"--questions {args.questions}: no questions, or --limit below 1")
     run = {name: value for name, value in vars(args).items() if name != "results"}
-    rows = read_done(args.results, run)
-    known = {row["question_id"] for row in rows}
-    if args.results and not rows:
+    done = read_done(args.results, run)
+    if args.results and not done:
         args.results.write_text(json.dumps(run) + "\n", encoding="utf-8")
 
     lm = load(args.ckpt, dtype=args.dtype)
-    # Groups as large as the largest batch, always the same ones: a group is answered whole or again.
+    # Groups as large as the largest batch, of questions with as many turns, so that batches are full; always the
+    # same ones, and one line of the results each: a group is answered whole or again.
     size = max(config.batch_size for config in arms.values())
-    groups = [questions[i : i + size] for i in range(0, len(questions), size)]
-    for group in tqdm(groups, unit="group", mininterval=5):
-        if all(q["question_id"] in known for q in group):
-            continue
-        new = answer_group(lm, group, arms)
-        rows += new
+    by_turns = defaultdict(list)
+    for question in questions:
+        by_turns[len(question["turns"]) if size > 1 else 0].append(question)
+    groups = [qs[i : i + size] for qs in by_turns.values() for i in range(0, len(qs), size)]
+    for group in tqdm(groups[len(done) :], total=len(groups), initial=len(done), unit="group", mininterval=5):
+        done.append(answer_group(lm, group, arms))
         if args.results:
             with args.results.open("a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in new))
+                file.write(json.dumps(done[-1]) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
+    rows = [row for group in done for row in group]
+    plain = next(iter(arms))
 
     def table(rows):
-        ar = [r for r in rows if r["method"] == "ar"]
+        ar = [r for r in rows if r["method"] == plain]
         return {name: figures([r for r in rows if r["method"] == name], ar) for name in arms}
 
     categories = {

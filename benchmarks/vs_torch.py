@@ -46,7 +46,7 @@ def serve_torch(ckpt: str, new_tokens: int) -> None:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--ckpt", required=True, help="a .gguf file")
-    p.add_argument("--torch_python", help="the Python of the venv that has torch")
+    p.add_argument("--torch_python", default=sys.executable, help="the Python of the venv that has torch")
     p.add_argument("--max_new_tokens", type=int, default=128)
     p.add_argument("--batch_size", type=int, default=8, help="also measured: ar at this batch size")
     p.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
@@ -70,7 +70,8 @@ def main() -> None:
     ]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     torch = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-    assert torch.stdout.readline() == "ready\n"
+    if torch.stdout.readline() != "ready\n":
+        sys.exit(f"vs_torch.py: error: {args.torch_python} cannot load {args.ckpt} with torch and transformers")
 
     prompts = [encode(lm, [{"role": "user", "content": text}]) for text in PROMPTS]
     no_stop = DecodeConfig(method="ar", max_new_tokens=args.max_new_tokens)
@@ -90,9 +91,15 @@ def main() -> None:
         # `seconds` of a row is the batch's over its size.
         batched.append(sum(len(r.tokens) for r in rows) / sum(r.seconds for r in rows))
     torch.stdin.close()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
     mean = lambda values: len(values) / sum(1 / v for v in values)
     figures = {
         "command": " ".join(["python", *sys.argv]),
+        "commit": commit.stdout.strip(),
+        "device": f"{os.cpu_count()} cores",
+        "dtype": "float32",
         "ar_tokens_per_s": round(mean(ours), 2),
         "torch_tokens_per_s": round(mean(theirs), 2),
         "ratio_to_torch": round(mean(ours) / mean(theirs), 3),

@@ -39,6 +39,15 @@ class ModelConfig:
     tie_embeddings: bool = False
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            kinds = {"int": (int,), "float": (int, float), "bool": (bool,)}.get(field.type)
+            if kinds is None:
+                continue
+            wrong = not isinstance(value, kinds) or (kinds != (bool,) and (isinstance(value, bool) or not 0 < value))
+            if wrong:
+                accepted = "true or false" if kinds == (bool,) else f"a positive {field.type}"
+                raise InputError(f"model config: {field.name} = {value!r} is not possible; accepted: {accepted}")
         if self.heads % self.kv_heads:
             raise InputError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
         if self.head_dim % 2:
@@ -107,52 +116,69 @@ class ModelConfig:
         for field, accepted in only.items():
             if hf.get(field, accepted[0]) not in accepted:
                 raise InputError(f"config.json: {field} = {hf[field]!r} is not supported; accepted: {accepted[0]!r}")
-        try:
-            heads, embed = hf["num_attention_heads"], hf["hidden_size"]
-            max_position = hf["max_position_embeddings"]
-            theta, scaling = _rope_from_hf(hf, max_position)
-            return cls(
-                vocab_size=hf["vocab_size"],
-                embed=embed,
-                layers=hf["num_hidden_layers"],
-                heads=heads,
-                kv_heads=hf.get("num_key_value_heads") or heads,
-                head_dim=hf.get("head_dim") or embed // heads,
-                mlp=hf["intermediate_size"],
-                max_position=max_position,
-                norm_eps=hf["rms_norm_eps"],
-                rope_theta=theta,
-                rope_scaling=scaling,
-                tie_embeddings=hf.get("tie_word_embeddings", False),
-            )
-        except KeyError as e:
-            raise InputError(f"config.json: the field {e.args[0]!r} is missing") from None
+        number = lambda name: _number("config.json", hf, name)
+        heads, embed = number("num_attention_heads"), number("hidden_size")
+        max_position = number("max_position_embeddings")
+        theta, scaling = _rope_from_hf(hf, max_position)
+        return cls(
+            vocab_size=number("vocab_size"),
+            embed=embed,
+            layers=number("num_hidden_layers"),
+            heads=heads,
+            kv_heads=heads if hf.get("num_key_value_heads") is None else number("num_key_value_heads"),
+            head_dim=embed // heads if hf.get("head_dim") is None else number("head_dim"),
+            mlp=number("intermediate_size"),
+            max_position=max_position,
+            norm_eps=number("rms_norm_eps"),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            tie_embeddings=hf.get("tie_word_embeddings", False),
+        )
+
+
+def _number(where: str, source: dict[str, Any], name: str, default: float | None = None) -> Any:
+    """A positive number. Raises InputError naming the field."""
+    value = source.get(name, default)
+    if value is None:
+        raise InputError(f"{where}: the field {name!r} is missing")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise InputError(f"{where}: {name} = {value!r} is not possible; accepted: a positive number")
+    return value
 
 
 def _rope_from_hf(hf: dict[str, Any], max_position: int) -> tuple[float, RopeScaling | None]:
     # transformers 5 writes one `rope_parameters`; older files have `rope_theta` and `rope_scaling`,
     # the oldest of which call the type `type`.
-    rope = dict(hf.get("rope_scaling") or {}) | dict(hf.get("rope_parameters") or {})
-    theta = rope.get("rope_theta", hf.get("rope_theta", 10000.0))
+    where = "config.json, rope"
+    parts = [hf.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
+    if not all(isinstance(part, dict) for part in parts):
+        raise InputError("config.json: rope_scaling and rope_parameters must be objects")
+    rope = {"rope_theta": hf.get("rope_theta", 10000.0), **parts[0], **parts[1]}
+    scaling = {"low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+    for name in rope.keys() - scaling - {"rope_theta", "rope_type", "type", "factor"}:
+        if (name, rope[name]) != ("partial_rotary_factor", 1.0):
+            raise InputError(f"{where}: {name} = {rope[name]!r} is not supported")
+    theta = _number(where, rope, "rope_theta")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind == "linear":
-        return theta, RopeScaling(kind="linear", factor=rope["factor"])
+        return theta, RopeScaling(kind="linear", factor=_number(where, rope, "factor"))
     if kind == "llama3":
         return theta, RopeScaling(
             kind="llama3",
-            factor=rope["factor"],
-            low_freq_factor=rope["low_freq_factor"],
-            high_freq_factor=rope["high_freq_factor"],
-            original_max_position=rope.get("original_max_position_embeddings", max_position),
+            factor=_number(where, rope, "factor"),
+            low_freq_factor=_number(where, rope, "low_freq_factor"),
+            high_freq_factor=_number(where, rope, "high_freq_factor"),
+            original_max_position=_number(where, rope, "original_max_position_embeddings", max_position),
         )
     raise InputError(f"config.json: rope type {kind!r} is not supported; accepted: default, linear, llama3")
 
 
 def _rope_from_gguf(get) -> RopeScaling | None:
-    kind, factor = get("rope.scaling.type", "none"), get("rope.scaling.factor", get("rope.scale_linear", 1.0))
-    if kind == "none" or factor == 1.0:
+    # llama.cpp's defaults: a factor without a type is linear, and 0 is no scaling.
+    kind, factor = get("rope.scaling.type", "linear"), get("rope.scaling.factor", get("rope.scale_linear", 0.0))
+    if kind == "none" or factor in (0.0, 1.0):
         return None
     if kind == "linear":
         return RopeScaling(kind="linear", factor=factor)
@@ -177,7 +203,7 @@ class DecodeConfig:
             ("max_new_tokens", self.max_new_tokens < 1, "1 or more"),
             ("batch_size", self.batch_size < 1, "1 or more"),
             ("temperature", not 0 <= self.temperature < float("inf"), "0 (greedy) or a positive number"),
-            ("top_k", self.top_k < 0, "0 (all tokens) or more"),
+            ("top_k", not 0 <= self.top_k < 2**31, "0 (all tokens) or more"),
             ("top_p", not 0 < self.top_p <= 1, "a number above 0 and up to 1"),
             ("seed", not 0 <= self.seed < 2**32, "0 to 2**32 - 1"),
         ):

@@ -127,17 +127,17 @@ def write_cache(cache: KVCache, new: tuple[tuple[Array, Array], ...], length: Ar
     )
 
 
-def linear(x: Array, w: Array, in_dims: int = 1) -> Array:
-    """x [..., *in] times w [*out, *in] -> [..., *out], contracting the last `in_dims` axes of both."""
+def linear(x: Array, w: Array, in_dims: int = 1, dtype=None) -> Array:
+    """x [..., *in] times w [*out, *in] -> [..., *out] in `dtype` (None: x's), contracting the last `in_dims` axes."""
     rows = x.ndim - in_dims
     precision = HIGHEST if x.dtype == jnp.float32 else None
     contract = tuple(range(rows, x.ndim)), tuple(range(w.ndim - in_dims, w.ndim))
 
     def weight_right(x, w):
-        return jax.lax.dot_general(x, w, (contract, ((), ())), precision)
+        return jax.lax.dot_general(x, w, (contract, ((), ())), precision, dtype)
 
     def weight_left(x, w):
-        y = jax.lax.dot_general(w, x, (contract[::-1], ((), ())), precision)
+        y = jax.lax.dot_general(w, x, (contract[::-1], ((), ())), precision, dtype)
         y = jax.lax.optimization_barrier(y)  # or XLA turns the dot around again to spare the transpose
         return jnp.moveaxis(y, range(w.ndim - in_dims), range(rows, rows + w.ndim - in_dims))
 
@@ -266,4 +266,4 @@ def forward(
 def unembed(params: Params, cfg: ModelConfig, hidden: Array) -> Array:
     """Logits [..., V] in float32 of hidden rows [..., D]."""
     table = params.embed if cfg.tie_embeddings else params.unembed
-    return linear(hidden, table).astype(jnp.float32)
+    return linear(hidden, table, dtype=jnp.float32)

@@ -6,6 +6,7 @@ chip, and fails where the program does not fit.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from functools import partial
@@ -38,7 +39,7 @@ def topology_devices(name: str):
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except Exception as e:  # the plugin's errors have no common class
-        reason = str(e).strip().splitlines()[0]
+        reason = (str(e).strip() or type(e).__name__).split("\n")[0]
         hint = "pip install 'msn-jax[tpu]'" if "libtpu" in str(e) or "tpu" in str(e).lower() else ""
         raise InputError(f"--topology {name}: cannot compile for it ({reason}) {hint}".rstrip()) from None
 
@@ -55,7 +56,7 @@ def decode_state(cfg: ModelConfig, trees: TreeSet, mesh, batch: int, slots: int,
         return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding((None,) * a.ndim, a.shape, mesh))
 
     settings = DecodeConfig(max_new_tokens=1)
-    small = ModelConfig(**{**vars(cfg), "layers": 0})
+    small = dataclasses.replace(cfg, layers=1)
     state = jax.eval_shape(lambda: loop.init_state(small, trees, [[0]] * batch, settings, (), slots=slots, dtype=dtype))
     state = jax.tree.map(everywhere, state)
     cache = shaped(cache_spec(cfg, batch, slots), mesh, dtype)
@@ -108,7 +109,11 @@ def plan_decode(ckpt: str | None, topology: str, tree: str | None, batches: tupl
                     params, decode_state(cfg, single, mesh, batch, slots, dtype), cfg=cfg, trees=single
                 ),
             }.items():
-                compiled = lowered.compile()
+                try:
+                    compiled = lowered.compile()
+                except jax.errors.JaxRuntimeError as e:
+                    reason = str(e).strip().split("\n")[0]
+                    raise InputError(f"{program}, batch {batch}: does not compile for {topology}: {reason}") from None
                 memory, seconds = compiled.memory_analysis(), estimated_seconds(compiled)
                 args, temp = memory.argument_size_in_bytes, memory.temp_size_in_bytes
                 row = {
@@ -138,5 +143,5 @@ def plan_decode(ckpt: str | None, topology: str, tree: str | None, batches: tupl
 
 
 def read_config(ckpt: str) -> ModelConfig:
-    path = resolve(ckpt)
-    return GGUFSource(path).config if path.suffix == ".gguf" else hf.read_config(path)
+    path = resolve(ckpt, ["config.json"])
+    return GGUFSource(path).config if path.is_file() else hf.read_config(path)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def run(smollm2, monkeypatch, capsys):
     """Call decode.py; returns what it printed."""
-    monkeypatch.setattr("msn_jax.io.checkpoint.load", lambda ckpt, dtype: smollm2)
+    monkeypatch.setattr(decode, "load", lambda ckpt, dtype: smollm2)
 
     def call(*args):
         decode.main(["--ckpt", "smollm2-135m-instruct", *map(str, args)])
@@ -82,11 +82,9 @@ def test_html_page_is_written_whole(run, tmp_path):
 
 
 def test_chat_keeps_its_history(run, monkeypatch, smollm2):
-    from msn_jax.decode import generate
-
-    seen, lines, encode = [], iter(["Hello!", "And now?", ""]), generate.encode
+    seen, lines, encode = [], iter(["Hello!", "And now?", ""]), decode.encode
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    monkeypatch.setattr(generate, "encode", lambda lm, prompt: seen.append(prompt) or encode(lm, prompt))
+    monkeypatch.setattr(decode, "encode", lambda lm, prompt: seen.append(prompt) or encode(lm, prompt))
     run("--chat", "--max_new_tokens", 6)
     assert [m["role"] for m in seen[1]] == ["user", "assistant", "user"]
     assert seen[1][0]["content"] == "Hello!" and seen[1][1]["content"]
@@ -97,6 +95,8 @@ def test_chat_keeps_its_history(run, monkeypatch, smollm2):
     [
         (b'{"prompt": "a"\n', "line 2: not valid JSON"),
         (b'{"prompt": "\xff"}\n', "line 2: not valid UTF-8"),
+        (b'{"prompt": "\\ud800"}\n', "line 2: not valid UTF-8"),
+        (b'{"id": ' + b"9" * 5000 + b', "prompt": "a"}\n', "line 2: not JSON that can be read"),
         (b'{"text": "a"}\n', "line 2: no `prompt`, `messages` or `turns`"),
         (b"[1]\n", "line 2: no `prompt`"),
         (b'{"prompt": ""}\n', "line 2: the prompt is empty"),
@@ -118,6 +118,14 @@ def test_a_bad_row_is_named_by_its_line(tmp_path, line, named):
         (["--prompts", "nothing.jsonl"], "nothing.jsonl: No such file"),
         (["--prompt", "a", "--out", "/nowhere/out.jsonl"], "--out /nowhere/out.jsonl: cannot be written"),
         (["--prompt", "a", "--html", "/nowhere/a.html"], "--html /nowhere/a.html: cannot be written"),
+        (["--prompt", "a", "--out", "/dev/null"], "--out /dev/null: not a regular file"),
+        (["--prompt", "a", "--out", "same", "--html", "same"], "--html same: is also same"),
+        (["--prompts", __file__, "--out", __file__], "is also"),
+        (["--prompts", ""], "--prompts : Is a directory"),
+        (["--chat", "--out", "a"], "--out does nothing with --chat"),
+        (["--prompt", "a", "--method", "ar", "--tree", "msn69"], "--tree does nothing with --method ar"),
+        (["--prompt", "\ud800"], "not valid Unicode"),
+        (["--prompt", "a", "--top_k", "3000000000"], "top_k = 3000000000"),
         (["--prompt", "a", "--method", "jacobi", "--tree", "root"], "has no draft"),
         (["--prompt", "a", "--max_new_tokens", "0"], "max_new_tokens = 0"),
         (["--prompt", "a", "--max_new_tokens", "9000"], r"9000 new ones \d+; the model's context is 8192"),

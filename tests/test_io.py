@@ -118,6 +118,8 @@ def test_gguf_and_its_unsupported_fields(smollm2):
         changed = {**meta, "llama.rope.scaling.factor": 2.0, field: value}
         with pytest.raises(InputError, match=named):
             ModelConfig.from_gguf(changed, 49152, True)
+    linear = ModelConfig.from_gguf({**meta, "llama.rope.scale_linear": 4.0}, 49152, True).rope_scaling
+    assert (linear.kind, linear.factor) == ("linear", 4.0)
     with pytest.raises(InputError, match="pre-tokenizer 'viking'"):
         tokenizer.from_gguf({**meta, "tokenizer.ggml.pre": "viking"})
 
@@ -125,6 +127,23 @@ def test_gguf_and_its_unsupported_fields(smollm2):
 def test_the_alias_has_its_stop_ids(smollm2):
     names = smollm2.tokenizer.convert_ids_to_tokens(list(smollm2.stop_ids))
     assert names == ["<|endoftext|>", "<|im_end|>"]
+
+
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "PreTrainedTokenizerFast"])
+def test_a_folder_is_split_as_its_tokenizer_json_says(smollm2, checkpoint, name):
+    smollm2.tokenizer.save_pretrained(checkpoint)
+    settings = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": name}))
+    rebuilt, stops = tokenizer.from_folder(checkpoint)
+    assert stops == set(smollm2.stop_ids) and rebuilt.chat_template == smollm2.tokenizer.chat_template
+    for golden in GOLDEN_TEXTS["encode"]:
+        assert rebuilt.encode(golden["text"], add_special_tokens=False) == golden["ids"]
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(smollm2, checkpoint):
+    smollm2.tokenizer.save_pretrained(checkpoint)
+    with pytest.raises(InputError, match="the tokenizer has 49152 tokens, the model 97"):
+        load(checkpoint)
 
 
 GOLDEN_TEXTS = json.loads((GOLDENS / "smollm2_tokenizer.json").read_text())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import GOLDENS, decode_all
 
-from msn_jax import DecodeConfig, ModelConfig, forward, generate
+from msn_jax import DecodeConfig, InputError, ModelConfig, forward, generate
 from msn_jax.decode import TREE_SETS, TreeSet, TreeSpec, init_state, loop, prefill, run, tree_set, verify
 from msn_jax.decode.tree import EITHER, JACOBI, RETRIEVAL, ROOT, branching, chain
 from msn_jax.model import init_cache, write_cache
@@ -70,6 +70,16 @@ def test_the_full_context_can_be_used(tiny, plain_greedy):
     count = cfg.max_position - len(PROMPTS[1])
     state, (row,) = decode_all(params, cfg, tree_set("tr-jacobi"), [PROMPTS[1]], max_new_tokens=count)
     assert len(row) == count and row == plain_greedy(PROMPTS[1], count)
+
+
+def test_too_few_slots_are_refused(tiny):
+    cfg, params = tiny
+    trees = tree_set("tr-jacobi")
+    with pytest.raises(InputError, match="100 cache slots; these prompts need 118"):
+        init_state(cfg, trees, [[1] * 90], DecodeConfig(max_new_tokens=20), (), slots=100)
+    state = init_state(cfg, trees, [[1] * 90], DecodeConfig(max_new_tokens=2), (), slots=100)
+    with pytest.raises(InputError, match="100 cache slots do not hold prompts of 89 in chunks of 64"):
+        prefill(params, state, cfg=cfg, chunk=64)
 
 
 def test_a_stop_ends_a_row_and_not_its_neighbours(tiny, plain_greedy):
@@ -136,7 +146,8 @@ def test_chunks_give_the_tokens_of_one_run(tiny, plain_greedy):
 
 
 def table_forward(params, cfg, tokens, positions, mask=None, cache=None):
-    return jax.nn.one_hot(params[positions, tokens], cfg.vocab_size), ()
+    nothing = jnp.zeros((tokens.shape[0], cfg.kv_heads, tokens.shape[1], cfg.head_dim))
+    return jax.nn.one_hot(params[positions, tokens], cfg.vocab_size), ((nothing, nothing),)
 
 
 def table_of(text, vocab):
@@ -151,7 +162,7 @@ def decode_table(monkeypatch):
     """Decode a text that a table knows, with the modules as they are patched now."""
     monkeypatch.setattr(loop, "forward", table_forward)
     monkeypatch.setattr(loop, "unembed", lambda params, cfg, hidden: hidden)
-    cfg = ModelConfig(vocab_size=16, embed=2, layers=0, heads=1, kv_heads=1, head_dim=2, mlp=2, max_position=256)
+    cfg = ModelConfig(vocab_size=16, embed=2, layers=1, heads=1, kv_heads=1, head_dim=2, mlp=2, max_position=256)
 
     def decode(text, prompt_tokens, tree, stop_ids=()):
         trees = TreeSet(tree.name, (tree,), (0,))

@@ -99,6 +99,9 @@ def test_bfloat16_is_close(tiny):
     exact = logits_of(params, cfg, ids)
     rounded = logits_of(jax.tree.map(lambda a: a.astype(jnp.bfloat16), params), cfg, ids)
     assert rounded.dtype == np.float32
+    assert (
+        rounded != np.asarray(jnp.asarray(rounded, jnp.bfloat16), np.float32)
+    ).mean() > 0.9  # not rounded at the end
     assert 1e-4 < np.abs(rounded - exact).mean() < 0.05 * np.abs(exact).mean()
 
 
@@ -123,6 +126,11 @@ def hf_config(**changes):
         ({"sliding_window": 128}, "sliding_window = 128"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope type 'yarn'"),
         ({"num_key_value_heads": 4}, "heads 6 is not a multiple of kv_heads 4"),
+        ({"num_attention_heads": "6"}, "num_attention_heads = '6' is not possible"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers = 0 is not possible"),
+        ({"tie_word_embeddings": "false"}, "tie_embeddings = 'false' is not possible"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "factor = 0 is not possible"),
     ],
 )
 def test_an_unsupported_field_is_refused_by_name(changes, named):

@@ -98,7 +98,7 @@ def numpy_keep(logits, top_k, top_p):
     return kept
 
 
-@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (5, 1.0), (0, 0.7), (8, 0.5), (1, 1.0), (0, 1e-6)])
+@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (5, 1.0), (0, 0.7), (8, 0.5), (1, 1.0), (0, 1e-6), (0, 1e-46)])
 def test_keep_top_matches_numpy(top_k, top_p):
     logits = np.random.default_rng(0).normal(size=(4, 50)) * 2
     got = verify.keep_top(jnp.asarray(logits, jnp.float32), jnp.int32(top_k), jnp.float32(top_p))

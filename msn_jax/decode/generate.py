@@ -18,7 +18,7 @@ from msn_jax.decode.tree import tree_set
 from msn_jax.decode.verify import sampling_scores
 from msn_jax.io.checkpoint import LM
 from msn_jax.io.tokenizer import decode as to_text
-from msn_jax.io.tokenizer import encode_chat
+from msn_jax.io.tokenizer import encode_chat, encode_text
 from msn_jax.model import forward, unembed
 
 # Tokens of one prefill pass. On CPU 64 already run at the speed of the matrix products.
@@ -58,8 +58,8 @@ def encode(lm: LM, prompt: str | Sequence) -> list[int]:
     Raises InputError for a prompt without a token.
     """
     if isinstance(prompt, str):
-        ids = lm.tokenizer.encode(prompt)
-    elif prompt and isinstance(prompt[0], dict):
+        ids = encode_text(lm.tokenizer, prompt)
+    elif len(prompt) and isinstance(prompt[0], dict):
         ids = encode_chat(lm.tokenizer, prompt)
     else:
         ids = [int(i) for i in prompt]
@@ -76,6 +76,8 @@ def generate(lm: LM, prompts: Sequence, **settings) -> list[Result]:
     settings: the fields of DecodeConfig (method, tree, max_new_tokens, batch_size, temperature, top_k, top_p, seed).
     Raises InputError, before any work, for settings or prompts that cannot be honoured.
     """
+    if isinstance(prompts, str):
+        raise InputError("prompts is one text; accepted: a list of prompts")
     rows = [encode(lm, prompt) for prompt in prompts]
     return [result for batch in generate_batches(lm, rows, DecodeConfig(**settings)) for result in batch]
 
@@ -95,26 +97,26 @@ def generate_batches(
     for i, prompt in enumerate(prompts):
         if len(prompt) + decode.max_new_tokens > lm.cfg.max_position:
             raise InputError(
-                f"prompt {i} has {len(prompt)} tokens, with {decode.max_new_tokens} new ones "
+                f"prompt {i + 1} has {len(prompt)} tokens, with {decode.max_new_tokens} new ones "
                 f"{len(prompt) + decode.max_new_tokens}; the model's context is {lm.cfg.max_position}"
             )
     if on_tokens is not None and decode.batch_size != 1:
         raise InputError("streaming needs batch_size 1")
     ids = list(range(len(prompts))) if ids is None else ids
-    size = decode.batch_size
+    size = min(decode.batch_size, len(prompts))
     # The checks above are for the call, not for the first result.
     return (
-        _generate_batch(lm, prompts[at : at + size], ids[at : at + size], at, decode, on_tokens)
-        for at in range(0, len(prompts), size)
+        _generate_batch(lm, prompts[at : at + size], ids[at : at + size], at, size, decode, on_tokens)
+        for at in range(0, len(prompts), max(size, 1))
     )
 
 
-def _generate_batch(lm, prompts, ids, first, decode, on_tokens) -> list[Result]:
+def _generate_batch(lm, prompts, ids, first, size, decode, on_tokens) -> list[Result]:
     backend = next(iter(lm.params.embed.devices())).platform
     trees = tree_set(decode.method, decode.tree, backend, str(lm.dtype))
     chunk = PREFILL_CHUNK[backend]
     need = max(loop.slots_needed(len(p), decode.max_new_tokens, trees.width, chunk) for p in prompts)
-    slots, size = loop.bucket(need), decode.batch_size
+    slots = loop.bucket(need)
     # A short last batch is filled with rows that are done from the start, so that it runs the same program.
     fill = size - len(prompts)
     state = loop.init_state(
@@ -182,7 +184,8 @@ def _generate_batch(lm, prompts, ids, first, decode, on_tokens) -> list[Result]:
 def top_gap(lm: LM, ids: Sequence[int], decode: DecodeConfig, request: int = 0) -> float:
     """How far apart the two best scores of the token after `ids` are: below 1e-3 they count as a tie.
 
-    Scores are logits, or with a temperature what `verify.sampling_scores` draws from, at `request`.
+    Scores are logits, or with a temperature what `verify.sampling_scores` draws from, at `request`; there the
+    distance to the boundary of top-k or top-p counts too, where that is nearer.
     """
     length = loop.bucket(len(ids))
     tokens = np.zeros((1, length), np.int32)
@@ -202,4 +205,12 @@ def _top_gap(params, tokens, length, request, sampling, *, cfg):
         lambda: logits,
     )
     best = jax.lax.top_k(scores[0], 2)[0]
-    return best[0] - best[1]
+    # With top-k or top-p, which tokens take part can hang on a tie as well.
+    ordered = -jnp.sort(-logits[0] / jnp.maximum(sampling.temperature, 1e-6))
+    k = jnp.clip(sampling.top_k, 1, ordered.size - 1)
+    at_k = jnp.where(sampling.top_k > 0, ordered[k - 1] - ordered[k], jnp.inf)
+    inside = jnp.where((sampling.top_k == 0) | (jnp.arange(ordered.size) < k), ordered, -jnp.inf)
+    at_p = jnp.abs(jnp.cumsum(jax.nn.softmax(inside)) - sampling.top_p).min()
+    at_p = jnp.where(sampling.top_p < 1, at_p, jnp.inf)
+    boundary = jnp.where(sampling.temperature > 0, jnp.minimum(at_k, at_p), jnp.inf)
+    return jnp.minimum(best[0] - best[1], boundary)

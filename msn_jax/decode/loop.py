@@ -15,7 +15,7 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from msn_jax.config import DecodeConfig, ModelConfig
+from msn_jax.config import DecodeConfig, InputError, ModelConfig
 from msn_jax.decode import draft, verify
 from msn_jax.decode.tree import TreeSet, TreeSpec
 from msn_jax.model import KVCache, Params, forward, init_cache, unembed, write_cache
@@ -88,8 +88,16 @@ def init_state(
     requests: list[int] | None = None,
     dtype=jnp.float32,
 ) -> DecodeState:
-    """The state before prefill. prompts: token ids of each row, one or more; slots: see `slots_needed`."""
+    """The state before prefill. prompts: token ids of each row, one or more; slots: see `slots_needed`.
+
+    Raises InputError where the slots or the room for stop ids do not suffice.
+    """
     B = len(prompts)
+    need = max(len(prompt) for prompt in prompts) + decode.max_new_tokens + trees.width
+    if slots < need:
+        raise InputError(f"{slots} cache slots; these prompts need {need}")
+    if len(stop_ids) > MAX_STOP_IDS:
+        raise InputError(f"{len(stop_ids)} stop ids; accepted: up to {MAX_STOP_IDS}")
     tokens = np.zeros((B, slots), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
@@ -140,8 +148,13 @@ def prefill_chunk(
 
 
 def prefill(params: Params, state: DecodeState, *, cfg: ModelConfig, chunk: int) -> DecodeState:
-    """Run every prompt but its last token, the first root, in chunks of one shape."""
-    cache = state.cache
+    """Run every prompt but its last token, the first root, in chunks of one shape.
+
+    Raises InputError where the last chunk would not fit into the cache.
+    """
+    cache, slots = state.cache, state.tokens.shape[1]
+    if -(-int(cache.length.max()) // chunk) * chunk > slots:
+        raise InputError(f"{slots} cache slots do not hold prompts of {int(cache.length.max())} in chunks of {chunk}")
     for start in range(0, int(cache.length.max()), chunk):
         cache = prefill_chunk(params, cache, state.tokens, start, cfg=cfg, chunk=chunk)
     return state.replace(cache=cache)

