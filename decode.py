@@ -26,7 +26,7 @@ from msn_jax import DecodeConfig, InputError, load
 from msn_jax.decode.generate import encode, generate_batches
 from msn_jax.decode.tree import METHODS, TREE_SETS, tree_set
 from msn_jax.io.checkpoint import ACCEPTED
-from msn_jax.io.tokenizer import TextStream
+from msn_jax.io.tokenizer import TextStream, require_template
 from msn_jax.report import Run, write_html
 
 
@@ -87,14 +87,11 @@ def read_prompts(path: str, chat_template: str) -> list[tuple[object, str | list
             raise InputError(f"{where}: not valid UTF-8 ({e.reason} at {e.start})") from None
         except (ValueError, RecursionError) as e:
             raise InputError(f"{where}: not JSON that can be read ({e})") from None
-        rows.append((row_id(row, len(rows)), row_prompt(row, where, chat_template)))
+        prompt = row_prompt(row, where, chat_template)
+        rows.append((row.get("id", row.get("question_id", len(rows))), prompt))
     if not rows:
         raise InputError(f"{path}: no prompts in it")
     return rows
-
-
-def row_id(row: object, default: int) -> object:
-    return row.get("id", row.get("question_id", default)) if isinstance(row, dict) else default
 
 
 def row_prompt(row: object, where: str, chat_template: str) -> str | list:
@@ -109,13 +106,8 @@ def row_prompt(row: object, where: str, chat_template: str) -> str | list:
         if not fine or not messages:
             raise InputError(f"{where}: `messages` must be a list of {{role, content}} texts")
         return messages
-    text = (
-        row["prompt"]
-        if "prompt" in row
-        else row["turns"][0]
-        if isinstance(row["turns"], list) and row["turns"]
-        else None
-    )
+    turns = [row["prompt"]] if "prompt" in row else row["turns"]
+    text = turns[0] if isinstance(turns, list) and turns else None
     if not isinstance(text, str) or not text:
         raise InputError(f"{where}: the prompt is empty or not a text")
     return text if chat_template == "no" or ("prompt" in row and chat_template == "auto") else as_chat(text)
@@ -267,8 +259,7 @@ def decode_file(lm, rows: list, config: DecodeConfig, out: str | None) -> list:
 
 def chat(lm, config: DecodeConfig) -> None:
     """Talk until an empty line. What cannot be answered is said in one line, and what was said before stays."""
-    if not lm.tokenizer.chat_template:
-        raise InputError("this checkpoint has no chat template; accepted: raw prompts (--chat_template no)")
+    require_template(lm.tokenizer)
     history = []
     while True:
         try:

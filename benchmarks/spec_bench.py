@@ -14,14 +14,13 @@ import dataclasses
 import itertools
 import json
 import os
-import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-import jax
+from record import run_record
 from tqdm import tqdm
 
 from msn_jax import DecodeConfig, InputError, load
@@ -221,15 +220,10 @@ def main() -> None:
         print_table(category, methods)
     overall = table(rows)
     print_table("overall", overall)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
     print(
         json.dumps(
             {
-                "command": " ".join(["python", *sys.argv]),
-                "commit": commit.stdout.strip(),
-                "device": f"{jax.devices()[0].device_kind} x{jax.device_count()}, {os.cpu_count()} cores",
+                **run_record(),
                 "dtype": args.dtype,
                 "seed": args.seed,
                 "methods": overall,

@@ -11,17 +11,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from record import run_record
 
 from msn_jax import DecodeConfig, InputError, init, load
 from msn_jax.config import SHAPES
@@ -116,15 +115,10 @@ def main() -> None:
         }
         row = rows[nodes]
         print(f"{nodes:>5} {row['ms']:>9.1f} {row['min_ms']:>7.1f} {ratio:>6.2f} {row['ratio_to_floor']:>8.2f}")
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
     print(
         json.dumps(
             {
-                "command": " ".join(["python", *sys.argv]),
-                "commit": commit.stdout.strip(),
-                "device": f"{jax.devices()[0].device_kind} x{jax.device_count()}, {os.cpu_count()} cores",
+                **run_record(),
                 "xla_flags": os.environ.get("XLA_FLAGS", ""),
                 "dtype": args.dtype,
                 "batch_size": args.batch_size,

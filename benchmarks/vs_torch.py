@@ -55,6 +55,8 @@ def main() -> None:
         return serve_torch(args.ckpt, args.max_new_tokens)
 
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from record import run_record
+
     from msn_jax import DecodeConfig, load
     from msn_jax.decode.generate import encode, generate_batches
 
@@ -91,14 +93,9 @@ def main() -> None:
         # `seconds` of a row is the batch's over its size.
         batched.append(sum(len(r.tokens) for r in rows) / sum(r.seconds for r in rows))
     torch.stdin.close()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
     mean = lambda values: len(values) / sum(1 / v for v in values)
     figures = {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit.stdout.strip(),
-        "device": f"{os.cpu_count()} cores",
+        **run_record(),
         "dtype": "float32",
         "ar_tokens_per_s": round(mean(ours), 2),
         "torch_tokens_per_s": round(mean(theirs), 2),

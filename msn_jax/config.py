@@ -10,6 +10,11 @@ class InputError(ValueError):
     """Input that cannot be honoured: one line that names what is wrong and what is accepted."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error of another library says, short enough for an InputError of ours."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
     """Rotary position scaling: `linear` (Chen et al. 2023) or `llama3` (Llama 3.1)."""
@@ -71,27 +76,25 @@ class ModelConfig:
         for field, accepted in {"expert_count": 0, "attention.sliding_window": 0}.items():
             if get(field, accepted) != accepted:
                 raise InputError(f"GGUF field {arch}.{field} = {get(field)} is not supported; accepted: {accepted}")
-        try:
-            heads, embed = meta[f"{arch}.attention.head_count"], meta[f"{arch}.embedding_length"]
-            head_dim = get("attention.key_length", embed // heads)
-            if get("rope.dimension_count", head_dim) != head_dim or get("attention.value_length", head_dim) != head_dim:
-                raise InputError(f"GGUF: rope or value dimensions other than the head's {head_dim} are not supported")
-            return cls(
-                vocab_size=vocab_size,
-                embed=embed,
-                layers=meta[f"{arch}.block_count"],
-                heads=heads,
-                kv_heads=get("attention.head_count_kv", heads),
-                head_dim=head_dim,
-                mlp=meta[f"{arch}.feed_forward_length"],
-                max_position=meta[f"{arch}.context_length"],
-                norm_eps=meta[f"{arch}.attention.layer_norm_rms_epsilon"],
-                rope_theta=get("rope.freq_base", 10000.0),
-                rope_scaling=_rope_from_gguf(get),
-                tie_embeddings=tie_embeddings,
-            )
-        except KeyError as e:
-            raise InputError(f"GGUF: the field {e.args[0]!r} is missing") from None
+        number = lambda name, default=None: _number("GGUF", meta, f"{arch}.{name}", default)
+        heads, embed = number("attention.head_count"), number("embedding_length")
+        head_dim = number("attention.key_length", embed // heads)
+        if get("rope.dimension_count", head_dim) != head_dim or get("attention.value_length", head_dim) != head_dim:
+            raise InputError(f"GGUF: rope or value dimensions other than the head's {head_dim} are not supported")
+        return cls(
+            vocab_size=vocab_size,
+            embed=embed,
+            layers=number("block_count"),
+            heads=heads,
+            kv_heads=number("attention.head_count_kv", heads),
+            head_dim=head_dim,
+            mlp=number("feed_forward_length"),
+            max_position=number("context_length"),
+            norm_eps=number("attention.layer_norm_rms_epsilon"),
+            rope_theta=number("rope.freq_base", 10000.0),
+            rope_scaling=_rope_from_gguf(get),
+            tie_embeddings=tie_embeddings,
+        )
 
     @classmethod
     def from_hf(cls, hf: dict[str, Any]) -> ModelConfig:

@@ -14,7 +14,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from msn_jax.config import SHAPES, DecodeConfig, InputError, ModelConfig
+from msn_jax.config import SHAPES, DecodeConfig, InputError, ModelConfig, first_line
 from msn_jax.decode import loop
 from msn_jax.decode.tree import TreeSet, tree_set
 from msn_jax.io import hf
@@ -39,9 +39,8 @@ def topology_devices(name: str):
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except Exception as e:  # the plugin's errors have no common class
-        reason = (str(e).strip() or type(e).__name__).split("\n")[0]
         hint = "pip install 'msn-jax[tpu]'" if "libtpu" in str(e) or "tpu" in str(e).lower() else ""
-        raise InputError(f"--topology {name}: cannot compile for it ({reason}) {hint}".rstrip()) from None
+        raise InputError(f"--topology {name}: cannot compile for it ({first_line(e)}) {hint}".rstrip()) from None
 
 
 def shaped(specs, mesh, dtype):
@@ -112,8 +111,8 @@ def plan_decode(ckpt: str | None, topology: str, tree: str | None, batches: tupl
                 try:
                     compiled = lowered.compile()
                 except jax.errors.JaxRuntimeError as e:
-                    reason = str(e).strip().split("\n")[0]
-                    raise InputError(f"{program}, batch {batch}: does not compile for {topology}: {reason}") from None
+                    what = f"{program}, batch {batch}: does not compile for {topology}"
+                    raise InputError(f"{what}: {first_line(e)}") from None
                 memory, seconds = compiled.memory_analysis(), estimated_seconds(compiled)
                 args, temp = memory.argument_size_in_bytes, memory.temp_size_in_bytes
                 row = {

@@ -181,4 +181,4 @@ def test_a_stream_that_ends_inside_a_character(smollm2):
     ids = smollm2.tokenizer.encode("ok 雪")[:-1]
     stream = TextStream(smollm2.tokenizer)
     assert stream.add(ids) == "ok "
-    assert stream.flush() == "\ufffd" * len(stream.flush() or "\ufffd")
+    assert stream.flush() == "\ufffd"

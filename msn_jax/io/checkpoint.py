@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from msn_jax.config import InputError, ModelConfig
+from msn_jax.config import InputError, ModelConfig, first_line
 from msn_jax.io import gguf, hf, tokenizer
 from msn_jax.model import Params
 
@@ -93,5 +93,4 @@ def _download(hub_id: str, files: list[str]) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=files))
     except Exception as e:  # no network, no such id, no access: all mean that it cannot be had
-        reason = (str(e).strip() or type(e).__name__).split("\n")[0]
-        raise InputError(f"--ckpt {hub_id}: not a local path, and the hub gave: {reason}") from None
+        raise InputError(f"--ckpt {hub_id}: not a local path, and the hub gave: {first_line(e)}") from None

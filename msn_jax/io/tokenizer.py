@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from msn_jax.config import InputError
+from msn_jax.config import InputError, first_line
 
 # Control tokens that end a reply, by the names that published chat models give them.
 _END_NAMES = {"<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|EOT|>", "</s>"}
@@ -91,16 +91,19 @@ def from_folder(folder: Path) -> tuple[PreTrainedTokenizerBase, set[int]]:
         # Not AutoTokenizer: for some classes it builds a splitting of its own in place of tokenizer.json's.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as e:  # whatever the parsing of a damaged file runs into
-        raise InputError(
-            f"{folder}: the tokenizer cannot be read ({(str(e) or type(e).__name__).split(chr(10))[0]})"
-        ) from None
+        raise InputError(f"{folder}: the tokenizer cannot be read ({first_line(e)})") from None
     return tokenizer, ({tokenizer.eos_token_id} - {None}) | _named_ends(tokenizer)
+
+
+def require_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises InputError for a tokenizer that cannot render a conversation."""
+    if not tokenizer.chat_template:
+        raise InputError("this checkpoint has no chat template; accepted: raw prompts (--chat_template no)")
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[int]:
     """Token ids of a conversation, ready for the assistant's reply."""
-    if not tokenizer.chat_template:
-        raise InputError("this checkpoint has no chat template; accepted: raw prompts (--chat_template no)")
+    require_template(tokenizer)
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     except Exception as e:  # templates raise their own messages through jinja
