@@ -15,6 +15,13 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
+def _check(config: Any, prefix: str, **fields: tuple[bool, str]) -> None:
+    """Raise InputError for the first field that is not fine: name=(fine, what is accepted)."""
+    for name, (fine, accepted) in fields.items():
+        if not fine:
+            raise InputError(f"{prefix}{name} = {getattr(config, name)} is not possible; accepted: {accepted}")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
     """Rotary position scaling: `linear` (Chen et al. 2023) or `llama3` (Llama 3.1)."""
@@ -202,16 +209,193 @@ class DecodeConfig:
     seed: int = 0
 
     def __post_init__(self):
-        for name, bad, accepted in (
-            ("max_new_tokens", self.max_new_tokens < 1, "1 or more"),
-            ("batch_size", self.batch_size < 1, "1 or more"),
-            ("temperature", not 0 <= self.temperature < float("inf"), "0 (greedy) or a positive number"),
-            ("top_k", not 0 <= self.top_k < 2**31, "0 (all tokens) or more"),
-            ("top_p", not 0 < self.top_p <= 1, "a number above 0 and up to 1"),
-            ("seed", not 0 <= self.seed < 2**32, "0 to 2**32 - 1"),
-        ):
-            if bad:
-                raise InputError(f"{name} = {getattr(self, name)} is not possible; accepted: {accepted}")
+        _check(
+            self,
+            "",
+            max_new_tokens=(self.max_new_tokens >= 1, "1 or more"),
+            batch_size=(self.batch_size >= 1, "1 or more"),
+            temperature=(0 <= self.temperature < float("inf"), "0 (greedy) or a positive number"),
+            top_k=(0 <= self.top_k < 2**31, "0 (all tokens) or more"),
+            top_p=(0 < self.top_p <= 1, "a number above 0 and up to 1"),
+            seed=(0 <= self.seed < 2**32, "0 to 2**32 - 1"),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoiseConfig:
+    """Noise of the training inputs (Make Some Noise, section 3.1). Static under jit."""
+
+    kind: str = "ahead"  # ahead: tokens before it in its example; random: the whole vocabulary; none: plain tuning
+    length: int = 5  # L: tokens of a noise segment
+    segments: int = 1  # an example, as in the paper
+    density: float = 0.0  # above 0, instead of `segments`: the share of response tokens under noise
+    progressive_steps: int = 0  # above 0: L grows from 1 to `length` over so many steps
+    vocab_size: int = 0  # for `random`; train.py fills it in
+
+    def __post_init__(self):
+        _check(
+            self,
+            "noise.",
+            kind=(self.kind in ("ahead", "random", "none"), "ahead, random, none"),
+            length=(self.length >= 1, "1 or more"),
+            segments=(self.segments >= 1, "1 or more"),
+            density=(0 <= self.density <= 0.9, "0 to 0.9"),
+            progressive_steps=(self.progressive_steps >= 0, "0 or more"),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSource:
+    """Rows to train on."""
+
+    path: str  # a .jsonl, .jsonl.gz or .parquet file, a hub id (org/name), or stdlib
+    weight: float = 1.0  # how often its examples are drawn, against the other sources
+    split: str = "train"  # of a hub id
+
+    def __post_init__(self):
+        _check(self, "data.sources.", weight=(self.weight > 0, "a positive number"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to train on, and how rows become batches."""
+
+    sources: list[DataSource] = dataclasses.field(default_factory=list)
+    max_tokens: int = 2048  # T: tokens of a packed row; longer examples are skipped
+    packing_bins: int = 64  # rows filled side by side: more of them waste less, and mix epochs further
+    held_out: int = 0  # examples of each source kept for evaluation
+    chat_template: str | None = None  # None: the tokenizer's; plain; or a .jinja file
+
+    def __post_init__(self):
+        _check(
+            self,
+            "data.",
+            sources=(len(self.sources) > 0, "a list with at least one {path: ...}"),
+            max_tokens=(self.max_tokens >= 8, "8 or more"),
+            packing_bins=(self.packing_bins >= 1, "1 or more"),
+            held_out=(self.held_out >= 0, "0 or more"),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelStart:
+    """What to fine-tune, or the shape of a model to train from random weights."""
+
+    ckpt: str | None = None  # whatever --ckpt of decode.py takes
+    shape: str | None = None  # a name in SHAPES: what --plan plans, and what `ckpt` must have
+    scratch: dict[str, Any] | None = None  # instead of `ckpt`: fields of ModelConfig; a tokenizer of that
+    # vocabulary is trained on the data
+
+    def __post_init__(self):
+        _check(
+            self,
+            "model.",
+            ckpt=((self.ckpt is None) != (self.scratch is None), "one of model.ckpt and model.scratch"),
+            shape=(self.shape is None or self.shape in SHAPES, f"null, {', '.join(SHAPES)}"),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The optimisation and what it writes."""
+
+    out: str  # run directory, local or gs://
+    steps: int
+    batch_size: int = 8  # packed rows a step, over all devices
+    accumulate: int = 1  # parts that a batch is split into, one after the other
+    learning_rate: float = 2e-5
+    warmup_steps: int = 0
+    final_learning_rate: float = 0.1  # where the cosine ends, as a share of learning_rate
+    weight_decay: float = 0.0
+    beta2: float = 0.95
+    clip_norm: float = 1.0
+    dtype: str = "float32"  # of computation; weights and optimiser state are float32
+    remat: str = "full"  # full: keep each layer's input; dots: its matrix products too; none: everything
+    head_chunk: int = 512  # tokens of a row whose logits exist at one time
+    seed: int = 0
+    save_every: int = 500  # steps; the last step is always saved
+    keep: int = 2  # last checkpoints kept, beside the best
+    eval_every: int = 0  # steps; 0 never. Needs data.held_out
+    eval_batches: int = 8
+
+    def __post_init__(self):
+        _check(
+            self,
+            "train.",
+            out=(bool(self.out.strip()), "a directory"),
+            steps=(self.steps >= 1, "1 or more"),
+            batch_size=(self.batch_size >= 1, "1 or more"),
+            accumulate=(
+                self.accumulate >= 1 and self.batch_size % self.accumulate == 0,
+                f"a divisor of train.batch_size {self.batch_size}",
+            ),
+            learning_rate=(0 < self.learning_rate < 1, "a number between 0 and 1"),
+            warmup_steps=(0 <= self.warmup_steps < self.steps, "0 or more, below train.steps"),
+            final_learning_rate=(0 <= self.final_learning_rate <= 1, "0 to 1"),
+            weight_decay=(0 <= self.weight_decay < 1, "0 or more, below 1"),
+            beta2=(0 < self.beta2 < 1, "a number between 0 and 1"),
+            clip_norm=(self.clip_norm > 0, "a positive number"),
+            dtype=(self.dtype in ("float32", "bfloat16"), "float32, bfloat16"),
+            remat=(self.remat in ("full", "dots", "none"), "full, dots, none"),
+            head_chunk=(self.head_chunk >= 1, "1 or more"),
+            seed=(0 <= self.seed < 2**32, "0 to 2**32 - 1"),
+            save_every=(self.save_every >= 1, "1 or more"),
+            keep=(self.keep >= 1, "1 or more"),
+            eval_every=(self.eval_every >= 0, "0 (never) or more"),
+            eval_batches=(self.eval_batches >= 1, "1 or more"),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How devices are laid out. -1: all that the other axes leave."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    topology: str | None = None  # the TPU slice that the config is meant for, such as v5p:2x2x2
+    distributed: bool = False  # several processes: jax.distributed finds the others, as on a pod
+
+    def __post_init__(self):
+        sizes = (self.data, self.fsdp, self.tensor)
+        _check(
+            self,
+            "mesh.",
+            data=(all(n == -1 or n >= 1 for n in sizes) and sizes.count(-1) <= 1, "1 or more, one of the axes -1"),
+        )
+
+
+LINEAR_MAPS = ("qkv", "o", "gate_up", "down")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021) in place of full fine-tuning."""
+
+    rank: int = 0  # 0: tune all weights
+    alpha: float = 16.0  # the adapter's output is scaled by alpha / rank
+    targets: list[str] = dataclasses.field(default_factory=lambda: list(LINEAR_MAPS))
+
+    def __post_init__(self):
+        _check(
+            self,
+            "lora.",
+            rank=(self.rank >= 0, "0 (tune all weights) or more"),
+            alpha=(self.alpha > 0, "a positive number"),
+            targets=(bool(self.targets) and set(self.targets) <= set(LINEAR_MAPS), f"some of {list(LINEAR_MAPS)}"),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything of a training run: the sections of a file in configs/."""
+
+    model: ModelStart
+    data: DataConfig
+    train: TrainConfig
+    noise: NoiseConfig = dataclasses.field(default_factory=NoiseConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
 
 
 # Shapes that can be planned and sized without a checkpoint (published configs of the named models).
@@ -238,5 +422,28 @@ SHAPES = {
         mlp=14336,
         max_position=8192,
         rope_theta=5e5,
+    ),
+    "deepseek-coder-6.7b": ModelConfig(
+        vocab_size=32256,
+        embed=4096,
+        layers=32,
+        heads=32,
+        kv_heads=32,
+        head_dim=128,
+        mlp=11008,
+        max_position=16384,
+        norm_eps=1e-6,
+        rope_theta=1e5,
+        rope_scaling=RopeScaling(kind="linear", factor=4.0),
+    ),
+    "1b": ModelConfig(
+        vocab_size=32768,
+        embed=2048,
+        layers=16,
+        heads=32,
+        kv_heads=8,
+        head_dim=64,
+        mlp=8192,
+        max_position=8192,
     ),
 }
