@@ -1,9 +1,10 @@
 """Fine-tune LLaMA-style models with noise, and decode them several tokens a forward pass (EMNLP 2024)."""
 
-from msn_jax.config import DecodeConfig, InputError, ModelConfig
+from msn_jax.config import DecodeConfig, InputError, ModelConfig, NoiseConfig
 from msn_jax.decode.generate import Result, generate
 from msn_jax.io.checkpoint import LM, load
 from msn_jax.model import KVCache, Params, forward, init, unembed
+from msn_jax.noise import add_noise
 
 __all__ = [
     "LM",
@@ -11,8 +12,10 @@ __all__ = [
     "InputError",
     "KVCache",
     "ModelConfig",
+    "NoiseConfig",
     "Params",
     "Result",
+    "add_noise",
     "forward",
     "generate",
     "init",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -24,7 +25,13 @@ from msn_jax.config import ModelConfig
 from msn_jax.sharding import constrain
 
 HIGHEST = jax.lax.Precision.HIGHEST  # float32 means float32: TPUs and GPUs would round operands otherwise
+QUERY_BLOCK = 1024  # tokens of a longer row that attend at one time
 MASKED = -1e30  # finite: a row with nothing to attend to gives a mean, never a nan
+_REMAT = {
+    "none": lambda f: f,
+    "dots": partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "full": jax.checkpoint,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +55,20 @@ class Layer:
 @struct.dataclass
 class Params:
     embed: Array  # [V, D]
-    layers: tuple[Layer, ...]  # L of them: a scan over stacked weights would copy each layer's on CPU
+    # L of them to decode: a scan over stacked weights would copy each layer's on CPU. One Layer of arrays [L, ...] to
+    # train: the program does not grow with the depth, and each layer's activations can be recomputed.
+    layers: tuple[Layer, ...] | Layer
     final_norm: Array  # [D]
     unembed: Array | None  # [V, D]; None where it is tied to embed
+
+
+@struct.dataclass
+class LowRank:
+    """What an adapter adds to a linear map: scale * b @ a @ x (Hu et al. 2021)."""
+
+    a: Array  # [r, *in]
+    b: Array  # [*out, r]
+    scale: float = struct.field(pytree_node=False)
 
 
 @struct.dataclass
@@ -62,8 +80,8 @@ class KVCache:
     length: Array  # int32[B]: slots at and above it are unspecified and never read
 
 
-def declare(cfg: ModelConfig) -> Params:
-    """Params with an ArraySpec for every tensor."""
+def declare(cfg: ModelConfig, stacked: bool = False) -> Params:
+    """Params with an ArraySpec for every tensor; stacked as for training, or one Layer after the other."""
     D, N, K, H, F, V = cfg.embed, cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.mlp, cfg.vocab_size
     norm = ArraySpec((D,), (None,))
     layer = Layer(
@@ -75,9 +93,10 @@ def declare(cfg: ModelConfig) -> Params:
         down=ArraySpec((D, F), ("embed", "mlp")),
     )
     vocab = ArraySpec((V, D), ("vocab", "embed"))
+    stack = lambda s: ArraySpec((cfg.layers, *s.shape), (None, *s.axes))
     return Params(
         embed=vocab,
-        layers=(layer,) * cfg.layers,
+        layers=jax.tree.map(stack, layer) if stacked else (layer,) * cfg.layers,
         final_norm=norm,
         unembed=None if cfg.tie_embeddings else vocab,
     )
@@ -94,6 +113,18 @@ def init(key: Array, cfg: ModelConfig, dtype=jnp.float32) -> Params:
         return (std * jax.random.normal(key, spec.shape)).astype(dtype)
 
     return jax.tree.unflatten(treedef, [one(k, s) for k, s in zip(jax.random.split(key, len(leaves)), leaves)])
+
+
+def stack_layers(params: Params) -> Params:
+    """The form for training; each array [L, ...]."""
+    return params.replace(layers=jax.tree.map(lambda *arrays: jnp.stack(arrays), *params.layers))
+
+
+def unstack_layers(params: Params) -> Params:
+    """The form for decoding: a tuple of layers."""
+    fields, treedef = jax.tree.flatten(params.layers)
+    layers = zip(*(list(array) for array in fields), strict=True)
+    return params.replace(layers=tuple(jax.tree.unflatten(treedef, layer) for layer in layers))
 
 
 def cache_spec(cfg: ModelConfig, batch: int, slots: int) -> KVCache:
@@ -148,6 +179,17 @@ def linear(x: Array, w: Array, in_dims: int = 1, dtype=None) -> Array:
     return jax.lax.platform_dependent(x, w, cpu=weight_left, default=weight_right)
 
 
+def adapted(x: Array, w: Array, low_rank: LowRank | None, gate: Array | None, in_dims: int = 1) -> Array:
+    """`linear` with what an adapter adds to it, where `gate` [B, T] is on (None: everywhere)."""
+    y = linear(x, w, in_dims)
+    if low_rank is None:
+        return y
+    hidden = linear(x, low_rank.a.astype(x.dtype), in_dims) * jnp.asarray(low_rank.scale, x.dtype)
+    if gate is not None:
+        hidden = hidden * gate[..., None].astype(x.dtype)
+    return y + linear(hidden, low_rank.b.astype(x.dtype))
+
+
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
     """Root mean square norm over the last axis, in float32."""
     x32 = x.astype(jnp.float32)
@@ -178,11 +220,11 @@ def rope(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def attention(
-    q: Array, k: Array, v: Array, mask: Array, cached: tuple[Array, Array] | None, length: Array | None
+    q: Array, k: Array, v: Array, mask: Array, cached: tuple[Array, Array] | None = None, length: Array | None = None
 ) -> Array:
-    """Grouped-query attention of this call's tokens over the cache and over themselves.
+    """Grouped-query attention of queries over the keys of their own call and over a cache.
 
-    q [B, T, K, G, H]; k, v [B, K, T, H]; mask bool [1 or B, T, T]; cached k, v [B, K, S, H], valid below
+    q [B, T, K, G, H]; k, v [B, K, U, H]; mask bool [1 or B, T, U]; cached k, v [B, K, S, H], valid below
     length [B]. Returns [B, T, N, H]. The two score blocks share one softmax without being joined, and the sum of
     values is divided last: at S = 512 on CPU that takes 0.65 of the time of a concatenation.
     """
@@ -204,6 +246,7 @@ def attention(
         valid = jnp.arange(cached[0].shape[2]) < length[:, None]
         past = jnp.where(valid[:, None, None], scores_of(rows, cached[0].astype(q.dtype)), MASKED)
         top = jnp.maximum(top, past.max(axis=-1, keepdims=True))
+    top = jax.lax.stop_gradient(top)  # it cancels out
     weights = jnp.exp(scores - top)
     total = weights.sum(axis=-1, keepdims=True)
     out = values_of(weights.astype(v.dtype), v)
@@ -215,16 +258,41 @@ def attention(
     return out.transpose(0, 2, 1, 3, 4).reshape(B, T, K * G, H)
 
 
-def block(cfg: ModelConfig, layer: Layer, x: Array, cos, sin, mask, cached, length) -> tuple[Array, tuple]:
-    """One decoder layer: x [B, T, D] -> (x, (k, v)) with this call's k, v [B, K, T, H]."""
-    qkv = linear(rms_norm(x, layer.attn_norm, cfg.norm_eps), layer.qkv)
+def causal_attention(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
+    """Attention of each token over itself and those before it in its segment. Shapes as in `attention`, T = U.
+
+    Long rows go block by block, so that no T x T scores exist at one time, and none with what comes later.
+    """
+    T = q.shape[1]
+    at = jnp.arange(T)
+
+    def rows(start: int, end: int) -> Array:
+        mask = (at[start:end, None] >= at[None, :end])[None]
+        if segments is not None:
+            mask &= segments[:, start:end, None] == segments[:, None, :end]
+        return attend(q[:, start:end], k[:, :, :end], v[:, :, :end], mask)
+
+    attend = attention if T <= QUERY_BLOCK else jax.checkpoint(attention)
+    blocks = [rows(start, min(start + QUERY_BLOCK, T)) for start in range(0, T, QUERY_BLOCK)]
+    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
+
+
+def block(
+    cfg: ModelConfig, layer: Layer, x: Array, cos: Array, sin: Array, attend: Callable, adapter=None, gate=None
+) -> tuple[Array, tuple]:
+    """One decoder layer: x [B, T, D] -> (x, (k, v)) with this call's k, v [B, K, T, H].
+
+    attend: (q, k, v) -> [B, T, N, H], who sees whom. adapter: a Layer of LowRank or None by linear map.
+    """
+    part = lambda name: getattr(adapter, name, None)
+    qkv = adapted(rms_norm(x, layer.attn_norm, cfg.norm_eps), layer.qkv, part("qkv"), gate)
     qk = rope(qkv[..., :-1, :], cos, sin)
     q, k, v = qk[..., :-1, :], qk[..., -1, :].transpose(0, 2, 1, 3), qkv[..., -1, :].transpose(0, 2, 1, 3)
-    a = attention(q, k, v, mask, cached, length)
-    x = x + constrain(linear(a, layer.o, in_dims=2), "batch", None, None)
-    gate_up = linear(rms_norm(x, layer.mlp_norm, cfg.norm_eps), layer.gate_up)
+    a = attend(q, k, v)
+    x = x + constrain(adapted(a, layer.o, part("o"), gate, in_dims=2), "batch", None, None)
+    gate_up = adapted(rms_norm(x, layer.mlp_norm, cfg.norm_eps), layer.gate_up, part("gate_up"), gate)
     h = jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
-    x = x + constrain(linear(h, layer.down), "batch", None, None)
+    x = x + constrain(adapted(h, layer.down, part("down"), gate), "batch", None, None)
     return x, (k, v)
 
 
@@ -240,25 +308,46 @@ def forward(
     positions: Array,
     mask: Array | None = None,
     cache: KVCache | None = None,
-) -> tuple[Array, tuple[tuple[Array, Array], ...]]:
+    *,
+    segments: Array | None = None,
+    adapter: tuple[Layer, ...] | Layer | None = None,
+    gate: Array | None = None,
+    remat: str = "none",
+) -> tuple[Array, tuple]:
     """Run the decoder over tokens [B, T] at positions [B, T].
 
-    mask: which of this call's tokens each one sees, bool [T, T] or [B, T, T]; None is causal. Everything in
-    `cache` below its length is seen as well. The cache is only read: the k, v [B, K, T, H] of this call come
-    back, a pair for each layer, and `write_cache` stores what is to be kept.
+    mask: which of this call's tokens each one sees, bool [T, T] or [B, T, T]; None is causal, and inside its own
+    segment where `segments` int32[B, T] are given. Everything in `cache` below its length is seen as well. The cache
+    is only read: the k, v [B, K, T, H] of this call come back, a pair for each layer (of stacked layers one pair
+    [L, B, K, T, H]), and `write_cache` stores what is to be kept.
+    adapter: LowRank matrices in place of a Layer's linear maps (see lora.py), added where gate [B, T] is on.
+    remat: what the backward pass of stacked layers recomputes, see TrainConfig.
 
     Returns (hidden [B, T, D] after the final norm, new k, v); `unembed` turns hidden rows into logits.
     """
-    mask = causal_mask(tokens.shape[1]) if mask is None else jnp.asarray(mask)
-    mask = mask if mask.ndim == 3 else mask[None]
     angles = positions.astype(jnp.float32)[..., None] * rope_frequencies(cfg)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     x = constrain(params.embed[tokens], "batch", None, None)
+    if mask is None and cache is None:
+        attend = partial(causal_attention, segments=segments)
+    else:
+        mask = causal_mask(tokens.shape[1]) if mask is None else jnp.asarray(mask)
+        attend = partial(attention, mask=mask if mask.ndim == 3 else mask[None])
+
+    if isinstance(params.layers, Layer):
+        if cache is not None:
+            raise ValueError("stacked layers run without a cache; unstack_layers gives the form for decoding")
+
+        def scanned(x, layer_adapter):
+            return block(cfg, layer_adapter[0], x, cos, sin, attend, layer_adapter[1], gate)
+
+        x, new = jax.lax.scan(_REMAT[remat](scanned), x, (params.layers, adapter))
+        return rms_norm(x, params.final_norm, cfg.norm_eps), new
+
     new = []
     for i, layer in enumerate(params.layers):
-        cached = None if cache is None else (cache.k[i], cache.v[i])
-        length = None if cache is None else cache.length
-        x, kv = block(cfg, layer, x, cos, sin, mask, cached, length)
+        past = {} if cache is None else {"cached": (cache.k[i], cache.v[i]), "length": cache.length}
+        x, kv = block(cfg, layer, x, cos, sin, partial(attend, **past), adapter and adapter[i], gate)
         new.append(kv)
     return rms_norm(x, params.final_norm, cfg.norm_eps), tuple(new)
 
