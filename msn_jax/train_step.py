@@ -1,0 +1,264 @@
+"""One step of noisy fine-tuning: the loss, the optimiser, and the compiled step with its state donated."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jax import Array
+from jax.sharding import Mesh
+
+from msn_jax.config import LoraConfig, ModelConfig, NoiseConfig, RunConfig, TrainConfig
+from msn_jax.lora import declare_adapter, init_adapter
+from msn_jax.model import ArraySpec, Layer, Params, declare, forward, init, stack_layers, unembed
+from msn_jax.noise import fill_noise, noise_depth, segment_length
+from msn_jax.sharding import constrain, sharding
+
+# Columns of the sums that a step returns, by depth (row 0: clean positions, row j: noise of depth j).
+COUNT, LOSS, TOP1, TOP10 = range(4)
+
+
+@struct.dataclass
+class TrainState:
+    """All that a step changes."""
+
+    step: Array  # int32[]: steps taken
+    params: Any  # float32: stacked Params, or with LoRA the adapter
+    opt_state: optax.OptState
+
+
+def learning_rate(train: TrainConfig) -> optax.Schedule:
+    """Linear warm-up, then a cosine down to the final share."""
+    return optax.warmup_cosine_decay_schedule(
+        0.0 if train.warmup_steps else train.learning_rate,
+        train.learning_rate,
+        train.warmup_steps,
+        train.steps,
+        train.learning_rate * train.final_learning_rate,
+    )
+
+
+def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
+    """AdamW behind a clip of the global norm; weight decay for matrices alone."""
+    is_matrix = lambda params: jax.tree.map(lambda p: p.ndim > 2, params)  # norms are [D] or [L, D]
+    decay = partial(optax.adamw, weight_decay=train.weight_decay, mask=is_matrix)
+    return optax.chain(optax.clip_by_global_norm(train.clip_norm), decay(learning_rate(train), b1=0.9, b2=train.beta2))
+
+
+def declare_trainable(cfg: ModelConfig, lora: LoraConfig) -> Params | Layer:
+    """What is trained, with an ArraySpec for every tensor."""
+    return declare_adapter(cfg, lora) if lora.rank else declare(cfg, stacked=True)
+
+
+def is_spec(x: Any) -> bool:
+    return isinstance(x, ArraySpec)
+
+
+def state_shapes(cfg: ModelConfig, run: RunConfig, mesh: Mesh) -> TrainState:
+    """The state as ShapeDtypeStructs placed on the mesh: each optimiser array lies like the weight it belongs to."""
+    place = lambda spec, dtype=jnp.float32: jax.ShapeDtypeStruct(
+        spec.shape, dtype, sharding=sharding(spec.axes, spec.shape, mesh)
+    )
+    specs = declare_trainable(cfg, run.lora)
+    params = jax.tree.map(place, specs)
+    everywhere = lambda a: place(ArraySpec(a.shape, (None,) * a.ndim), a.dtype)
+    optimizer = make_optimizer(run.train)
+    opt_state = optax.tree.map_params(
+        optimizer,
+        lambda _, param: param,
+        jax.eval_shape(optimizer.init, params),
+        params,
+        transform_non_params=everywhere,
+    )
+    return TrainState(step=place(ArraySpec((), ()), jnp.int32), params=params, opt_state=opt_state)
+
+
+def batch_shapes(rows: int, tokens: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch of data.py as ShapeDtypeStructs placed on the mesh."""
+    place = sharding(("batch", None), (rows, tokens), mesh)
+    kinds = {"tokens": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32, "response": bool}
+    return {name: jax.ShapeDtypeStruct((rows, tokens), dtype, sharding=place) for name, dtype in kinds.items()}
+
+
+def init_state(cfg: ModelConfig, run: RunConfig, mesh: Mesh, params: Params | None = None) -> TrainState:
+    """The state before the first step, made in place on the mesh.
+
+    params: stacked float32 weights to start from (they become part of the state); None: random ones, or with LoRA
+    a new adapter. Randomness is that of run.train.seed.
+    """
+    shapes = state_shapes(cfg, run, mesh)
+    places = jax.tree.map(lambda s: s.sharding, shapes)
+    key = jax.random.key(run.train.seed)
+    if params is None:
+        new = lambda: init_adapter(key, cfg, run.lora) if run.lora.rank else stack_layers(init(key, cfg))
+        params = jax.jit(new, out_shardings=places.params)()
+    opt_state = jax.jit(make_optimizer(run.train).init, out_shardings=places.opt_state)(params)
+    return TrainState(step=jax.device_put(np.int32(0), places.step), params=params, opt_state=opt_state)
+
+
+def token_scores(params: Params, cfg: ModelConfig, hidden: Array, labels: Array, chunk: int) -> tuple[Array, Array]:
+    """How well hidden rows [B, T, D] predict labels int32[B, T], without all logits at one time.
+
+    Returns (negative log likelihood float32[B, T], rank int32[B, T]: how many tokens score above the label). Logits
+    of `chunk` tokens a row exist at a time, in the backward pass too, which computes them again.
+    """
+    B, T = labels.shape
+    chunk = min(chunk, T)
+    parts = -(-T // chunk)
+
+    def split(x: Array) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, parts * chunk - T)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(B, parts, chunk, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def score(part):
+        hidden, labels = part
+        logits = constrain(unembed(params, cfg, hidden), "batch", None, "vocab")
+        label = jnp.take_along_axis(logits, labels[..., None], axis=-1)
+        nll = jax.nn.logsumexp(logits, axis=-1) - label[..., 0]
+        return nll, jax.lax.stop_gradient((logits > label).sum(axis=-1, dtype=jnp.int32))
+
+    scores = jax.lax.map(score, (split(hidden), split(labels))) if parts > 1 else score((hidden, labels))
+    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(B, parts * chunk)[:, :T]
+    return jax.tree.map(join, scores) if parts > 1 else scores
+
+
+def next_labels(batch: dict[str, Array]) -> tuple[Array, Array]:
+    """(label of each position int32[B, T], whether it counts bool[B, T]): the next token, where it is a reply's."""
+    ahead = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
+    counts = ahead(batch["response"]) & (ahead(batch["segment_ids"]) == batch["segment_ids"])
+    return ahead(batch["tokens"]), counts & (batch["segment_ids"] > 0)
+
+
+def loss_sums(
+    params: Params,
+    cfg: ModelConfig,
+    batch: dict[str, Array],
+    inputs: Array,
+    depth: Array,
+    *,
+    noise_length: int,
+    adapter: Layer | None = None,
+    remat: str = "none",
+    head_chunk: int = 512,
+) -> tuple[Array, Array]:
+    """Loss summed over the reply tokens of a batch that is fed as `inputs`, and what it is made of.
+
+    batch: arrays [B, T] of data.py, whose tokens give the labels; inputs int32[B, T], with noise where depth
+    int32[B, T] is above 0. Returns (float32[], float32[1 + noise_length, 4]: COUNT, LOSS, TOP1, TOP10 by depth).
+    """
+    hidden, _ = forward(
+        params, cfg, inputs, batch["positions"], segments=batch["segment_ids"], adapter=adapter, remat=remat
+    )
+    labels, counts = next_labels(batch)
+    nll, rank = token_scores(params, cfg, hidden, labels, head_chunk)
+    columns = jnp.stack([jnp.ones_like(nll), nll, (rank < 1).astype(nll.dtype), (rank < 10).astype(nll.dtype)], axis=-1)
+    by_depth = jax.nn.one_hot(depth, noise_length + 1, dtype=nll.dtype) * counts[..., None]
+    sums = jnp.einsum("btd,btc->dc", by_depth, columns, precision=jax.lax.Precision.HIGHEST)
+    return sums[:, LOSS].sum(), sums
+
+
+def make_train_step(cfg: ModelConfig, run: RunConfig):
+    """step(state, frozen, batch) -> (state, sums): one optimiser step, a pure function to be jitted by the caller.
+
+    frozen: with LoRA the stacked weights that the adapter works on, else None. batch: arrays [B, T] of data.py.
+    Noise is drawn from fold_in(seed, step), so a resumed run sees the same. sums: {"by_depth": see loss_sums,
+    "grad_norm": float32[], "learning_rate": float32[]}.
+    """
+    train, noise, optimizer = run.train, run.noise, make_optimizer(run.train)
+    dtype = jnp.dtype(train.dtype)
+
+    def loss(trained, frozen, batch, inputs, depth):
+        weights = cast(frozen if run.lora.rank else trained, dtype)
+        adapter = trained if run.lora.rank else None
+        settings = {"noise_length": noise.length, "remat": train.remat, "head_chunk": train.head_chunk}
+        return loss_sums(weights, cfg, batch, inputs, depth, adapter=adapter, **settings)
+
+    def step(state: TrainState, frozen: Params | None, batch: dict[str, Array]) -> tuple[TrainState, dict]:
+        inputs, depth = noisy_inputs(
+            jax.random.fold_in(jax.random.key(train.seed), state.step), batch, noise, state.step
+        )
+        whole = (batch, inputs, depth)
+        gradient = jax.value_and_grad(loss, has_aux=True)
+
+        def one_part(carry, part):
+            (_, sums), grads = gradient(state.params, frozen, *part)
+            return jax.tree.map(jnp.add, carry, (grads, sums)), None
+
+        if train.accumulate == 1:
+            (_, sums), grads = gradient(state.params, frozen, *whole)
+        else:
+            rows = train.batch_size // train.accumulate
+            parts = jax.tree.map(lambda x: constrain(x.reshape(-1, rows, x.shape[1]), None, "batch", None), whole)
+            zeros = jax.tree.map(jnp.zeros_like, (state.params, jnp.zeros((noise.length + 1, 4))))
+            (grads, sums), _ = jax.lax.scan(one_part, zeros, parts)
+        total = jnp.maximum(sums[:, COUNT].sum(), 1.0)
+        grads = jax.tree.map(lambda g: g / total, grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        report = {
+            "by_depth": sums,
+            "grad_norm": optax.global_norm(grads),
+            "learning_rate": jnp.asarray(learning_rate(train)(state.step), jnp.float32),
+        }
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(step=state.step + 1, params=params, opt_state=opt_state), report
+
+    return step
+
+
+def noisy_inputs(key: Array, batch: dict[str, Array], noise: NoiseConfig, step: Array | int) -> tuple[Array, Array]:
+    """(inputs int32[B, T], depth int32[B, T]) of a batch at a step."""
+    where, what = jax.random.split(key)
+    length = segment_length(jnp.asarray(step), noise)
+    depth = noise_depth(where, batch["response"], batch["segment_ids"], noise, length)
+    return fill_noise(what, batch["tokens"], depth, batch["segment_ids"], noise), depth
+
+
+def make_eval_step(cfg: ModelConfig, run: RunConfig):
+    """evaluate(params, frozen, batch, index) -> (clean sums, noisy sums), see loss_sums.
+
+    The same for runs of every noise kind: once with clean inputs, once with one `ahead` segment of noise.length an
+    example, drawn from the batch's index alone.
+    """
+    noise = NoiseConfig(kind="ahead", length=run.noise.length)
+    dtype = jnp.dtype(run.train.dtype)
+
+    def evaluate(params, frozen, batch, index):
+        weights, adapter = (frozen, params) if run.lora.rank else (params, None)
+        inputs, depth = noisy_inputs(jax.random.fold_in(jax.random.key(0), index), batch, noise, 0)
+        score = partial(
+            loss_sums,
+            cast(weights, dtype),
+            cfg,
+            batch,
+            noise_length=noise.length,
+            adapter=adapter,
+            head_chunk=run.train.head_chunk,
+        )
+        return score(batch["tokens"], jnp.zeros_like(depth))[1], score(inputs, depth)[1]
+
+    return evaluate
+
+
+def cast(params: Params, dtype) -> Params:
+    """Weights in the dtype of computation: one copy, so that they travel between devices in that dtype."""
+    return jax.tree.map(lambda w: w.astype(dtype), params)
+
+
+def metrics_of(by_depth: np.ndarray) -> dict[str, float]:
+    """Means from the sums of `loss_sums`; a depth that did not occur is left out."""
+    clean, noisy = by_depth[0], by_depth[1:].sum(axis=0)
+    out = {"loss": float(by_depth[:, LOSS].sum() / max(by_depth[:, COUNT].sum(), 1))}
+    rows = {"clean": clean, "noisy": noisy} | {f"depth{j}": row for j, row in enumerate(by_depth) if j}
+    for name, row in rows.items():
+        if row[COUNT]:
+            if name in ("clean", "noisy"):
+                out[f"loss_{name}"] = float(row[LOSS] / row[COUNT])
+            out[f"top1_{name}"] = float(row[TOP1] / row[COUNT])
+            out[f"top10_{name}"] = float(row[TOP10] / row[COUNT])
+    return out | {"response_tokens": int(by_depth[:, COUNT].sum())}
