@@ -248,7 +248,7 @@ class NoiseConfig:
 class DataSource:
     """Rows to train on."""
 
-    path: str  # a .jsonl, .jsonl.gz or .parquet file, a hub id (org/name), or stdlib
+    path: str  # a .jsonl, .jsonl.gz or .parquet file, a hub id (org/name or org/name:subset), or stdlib
     weight: float = 1.0  # how often its examples are drawn, against the other sources
     split: str = "train"  # of a hub id
 
@@ -392,11 +392,27 @@ class RunConfig:
 
     model: ModelStart
     data: DataConfig
-    train: TrainConfig
     noise: NoiseConfig = dataclasses.field(default_factory=NoiseConfig)
+    train: TrainConfig
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
 
+    @classmethod
+    def from_dict(cls, sections: dict[str, Any]) -> RunConfig:
+        """The inverse of dataclasses.asdict."""
+        made = {name: kind(**sections[name]) for name, kind in SECTIONS.items() if name != "data"}
+        sources = [DataSource(**source) for source in sections["data"]["sources"]]
+        return cls(data=DataConfig(**{**sections["data"], "sources": sources}), **made)
+
+
+SECTIONS = {
+    "model": ModelStart,
+    "data": DataConfig,
+    "noise": NoiseConfig,
+    "train": TrainConfig,
+    "mesh": MeshConfig,
+    "lora": LoraConfig,
+}
 
 # Shapes that can be planned and sized without a checkpoint (published configs of the named models).
 SHAPES = {

@@ -12,8 +12,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from msn_jax.config import LINEAR_MAPS, InputError, LoraConfig, ModelConfig
 from msn_jax.model import HIGHEST, ArraySpec, Layer, LowRank, Params, declare
@@ -54,6 +55,12 @@ def init_adapter(key: jax.Array, cfg: ModelConfig, lora: LoraConfig) -> Layer:
     return layer.replace(**{name: one(key, name) for key, name in zip(keys, LINEAR_MAPS, strict=True)})
 
 
+def unstack_adapter(adapter: Layer) -> tuple[Layer, ...]:
+    """The form for decoding: a tuple of layers."""
+    fields, treedef = jax.tree.flatten(adapter)
+    return tuple(jax.tree.unflatten(treedef, layer) for layer in zip(*(list(f) for f in fields), strict=True))
+
+
 def merge(params: Params, adapter: Layer | tuple[Layer, ...]) -> Params:
     """The weights with the adapter added to them, in the form (stacked or not) and dtype that both have."""
 
@@ -74,15 +81,14 @@ def merge(params: Params, adapter: Layer | tuple[Layer, ...]) -> Params:
 
 def save_adapter(folder: str | Path, adapter: Layer, lora: LoraConfig, base: str) -> None:
     """Write a stacked adapter: adapter_config.json (rank, alpha, targets, the base model) and adapter.safetensors."""
-    folder = Path(folder)
+    folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {
         f"{name}.{part}": np.asarray(getattr(getattr(adapter, name), part)) for name in lora.targets for part in "ab"
     }
-    save_file(tensors, folder / f"{WEIGHTS}.partial")
     config = {"base": base, "rank": lora.rank, "alpha": lora.alpha, "targets": lora.targets}
-    (folder / f"{WEIGHTS}.partial").replace(folder / WEIGHTS)
-    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    (folder / WEIGHTS).write_bytes(save(tensors))
+    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
 
 
 def load_adapter(folder: str | Path, cfg: ModelConfig) -> Layer:

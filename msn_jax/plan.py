@@ -8,22 +8,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
+import time
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType
 
-from msn_jax.config import SHAPES, DecodeConfig, InputError, ModelConfig, first_line
+from msn_jax import train_step
+from msn_jax.config import SHAPES, DecodeConfig, InputError, ModelConfig, RunConfig, first_line
 from msn_jax.decode import loop
 from msn_jax.decode.tree import TreeSet, tree_set
 from msn_jax.io import hf
 from msn_jax.io.checkpoint import resolve
 from msn_jax.io.gguf import GGUFSource
-from msn_jax.model import cache_spec, declare
-from msn_jax.sharding import make_mesh, sharding
+from msn_jax.model import QUERY_BLOCK, cache_spec, declare
+from msn_jax.sharding import MESH_AXES, check_batch, make_mesh, mesh_sizes, sharding
+from msn_jax.train_step import declare_trainable, is_spec
 
 # Memory of a chip in bytes (Google Cloud TPU documentation).
+GIB = 2**30
 CHIP_BYTES = {"v4": 32 * 2**30, "v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30}
 
 
@@ -139,6 +145,92 @@ def plan_decode(ckpt: str | None, topology: str, tree: str | None, batches: tupl
                 flush=True,
             )
     print(json.dumps({"model": name, "topology": topology, "chips": len(devices), "slots": slots, "programs": rows}))
+
+
+def plan_train(run: RunConfig, topology: str | None) -> None:
+    """Print what a training run is and what a step takes on each device, then one JSON line; train nothing.
+
+    topology: a TPU slice to compile the step for; None: the bytes of state and activations on the devices that
+    mesh.* names, marked as an estimate.
+    """
+    name = run.model.shape or run.model.ckpt or "model.scratch"
+    if run.model.shape:
+        cfg = SHAPES[run.model.shape]
+    else:
+        cfg = ModelConfig(**run.model.scratch) if run.model.scratch else read_config(run.model.ckpt)
+    axes = (run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+    if topology:
+        devices, chip = topology_devices(topology), topology.split(":")[0]
+        sizes = mesh_sizes(run.mesh, len(devices))
+        mesh = make_mesh(*sizes, devices)
+    else:
+        sizes = tuple(abs(n) for n in axes)  # -1, "the rest", is one device where none are there
+        mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    check_batch(run.train.batch_size, run.train.accumulate, mesh)
+    state = train_step.state_shapes(cfg, run, mesh)
+    batch = train_step.batch_shapes(run.train.batch_size, run.data.max_tokens, mesh)
+    frozen = shaped(declare(cfg, stacked=True), mesh, jnp.dtype(run.train.dtype)) if run.lora.rank else None
+    count = sum(math.prod(s.shape) for s in jax.tree.leaves(declare(cfg), is_leaf=is_spec))
+    trained = sum(math.prod(p.shape) for p in jax.tree.leaves(state.params))
+    tokens = run.train.batch_size * run.data.max_tokens
+    print(f"{name}: {count:,} parameters, {trained:,} trained, {run.train.dtype} computation, remat {run.train.remat}")
+    print(f"mesh: data {sizes[0]} x fsdp {sizes[1]} x tensor {sizes[2]} = {math.prod(sizes)} devices")
+    print(
+        f"batch: {run.train.batch_size} x {run.data.max_tokens} = {tokens:,} tokens a step, in {run.train.accumulate}"
+    )
+    held = sum(
+        math.prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize for s in jax.tree.leaves((state, frozen, batch))
+    )
+    row = {"model": name, "parameters": count, "trained": trained, "mesh": sizes, "tokens_per_step": tokens}
+    if topology:
+        step = jax.jit(train_step.make_train_step(cfg, run), donate_argnums=0)
+        start = time.perf_counter()
+        with jax.set_mesh(mesh):
+            try:
+                memory = step.lower(state, frozen, batch).compile().memory_analysis()
+            except jax.errors.JaxRuntimeError as e:
+                raise InputError(f"the step does not compile for {topology}: {first_line(e)}") from None
+        peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+        row |= {
+            "topology": topology,
+            "argument_bytes": memory.argument_size_in_bytes,
+            "temp_bytes": memory.temp_size_in_bytes,
+            "chip_frac": peak / CHIP_BYTES[chip],
+            "compile_s": time.perf_counter() - start,
+        }
+        print(
+            f"{topology}: {memory.argument_size_in_bytes / GIB:.2f} GiB of state and batch + "
+            f"{memory.temp_size_in_bytes / GIB:.2f} GiB of temporaries = {peak / GIB:.2f} GiB a chip, "
+            f"{peak / CHIP_BYTES[chip]:.0%} of {CHIP_BYTES[chip] / GIB:.0f} GiB (compiled by XLA:TPU)"
+        )
+    else:
+        activations = activation_bytes(cfg, run, math.prod(sizes[:2]), sizes[2])
+        row |= {"state_bytes": held, "activation_bytes": activations, "estimate": True}
+        print(
+            f"estimate: {held / GIB:.2f} GiB of state and batch + {activations / GIB:.2f} GiB of gradients and "
+            f"activations = {(held + activations) / GIB:.2f} GiB a device"
+        )
+    print(json.dumps(row))
+
+
+def activation_bytes(cfg: ModelConfig, run: RunConfig, rows_ways: int, tensor: int) -> int:
+    """A rough count of what a step holds beside its state on one device: gradients, kept activations, logits."""
+    size, trained = jnp.dtype(run.train.dtype).itemsize, declare_trainable(cfg, run.lora)
+    shards = rows_ways * tensor
+    gradients = 4 * sum(math.prod(s.shape) for s in jax.tree.leaves(trained, is_leaf=is_spec)) // shards
+    weights = size * sum(math.prod(s.shape) for s in jax.tree.leaves(declare(cfg), is_leaf=is_spec)) // shards
+    tokens = run.train.batch_size // run.train.accumulate // rows_ways * run.data.max_tokens
+    heads = cfg.heads * cfg.head_dim // tensor
+    one_layer = 4 * cfg.embed + 3 * heads + 3 * cfg.mlp // tensor
+    kept = {"full": cfg.embed, "dots": 3 * cfg.embed + 2 * heads + 2 * cfg.mlp // tensor, "none": one_layer}
+    query = min(run.data.max_tokens, QUERY_BLOCK)
+    scores = 3 * 4 * tokens * query * cfg.heads // tensor
+    logits = 3 * 4 * tokens // run.data.max_tokens * min(run.train.head_chunk, run.data.max_tokens) * cfg.vocab_size
+    layer_weights = 2 * size * sum(math.prod(s.shape) for s in jax.tree.leaves(declare(cfg).layers[0], is_leaf=is_spec))
+    activations = size * tokens * (cfg.layers * kept[run.train.remat] + one_layer)
+    if run.train.remat == "none":
+        scores *= cfg.layers
+    return gradients + weights + activations + scores + logits // tensor + layer_weights // tensor
 
 
 def read_config(ckpt: str) -> ModelConfig:

@@ -1,4 +1,4 @@
-"""One self-contained HTML page that shows what each pass of a generation accepted."""
+"""What people look at: a page that shows what each pass of a generation accepted, a plot of a training run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from html import escape
 from itertools import accumulate
 from pathlib import Path
 from string import Template
+
+from msn_jax.config import InputError
 
 # Colour stops for 1..max tokens. Lightness changes steadily along each ramp, so it reads without colour
 # vision, and stays on one side of the text colour, so every level keeps a contrast of at least 4.5.
@@ -195,3 +197,47 @@ $rows
 $runs
 </body></html>
 """)
+
+
+def plot_metrics(lines: list[dict], path: str | os.PathLike) -> None:
+    """Write a PNG of a run's metrics.jsonl: loss, and top-1 accuracy by noise depth, over the steps.
+
+    lines: objects with `step` and what train.py writes. Raises InputError without matplotlib (the `plots` extra).
+    """
+    try:
+        from matplotlib.figure import Figure  # not pyplot: no display is needed, and no global state is left
+    except ImportError:
+        raise InputError("--plot needs matplotlib; pip install 'msn-jax[plots]'") from None
+
+    def series(name: str) -> tuple[list[int], list[float]]:
+        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        return [step for step, _ in points], [value for _, value in points]
+
+    window = max(1, len(lines) // 50)
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, label in (("loss_clean", "clean positions"), ("loss_noisy", "noise positions")):
+        steps, values = series(name)
+        if steps:
+            left.plot(steps, _smooth(values, window), label=label)
+    steps, values = series("eval_loss")
+    if steps:
+        left.plot(steps, values, "k.", label="held out, clean text")
+    left.set(xlabel="step", ylabel="loss (nats a token)", title="Loss")
+    depths = sorted({int(key[10:]) for line in lines for key in line if key.startswith("top1_depth")})
+    for depth in depths:
+        steps, values = series(f"top1_depth{depth}")
+        shade = 0.25 + 0.65 * (depth - 1) / max(len(depths) - 1, 1)
+        right.plot(steps, _smooth(values, window), color=(shade, shade, 0.9 - 0.5 * shade), label=f"depth {depth}")
+    right.set(xlabel="step", ylabel="top-1 accuracy", title=f"Accuracy by noise depth (mean of {window} steps)")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def _smooth(values: list[float], window: int) -> list[float]:
+    """The mean of each value and up to window - 1 before it."""
+    sums = [0.0, *accumulate(values)]
+    return [(sums[i] - sums[max(0, i - window)]) / min(i, window) for i in range(1, len(sums))]

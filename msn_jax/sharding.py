@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from msn_jax.config import InputError, MeshConfig
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -30,6 +34,37 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence |
     if n > len(devices):
         raise ValueError(f"mesh {data} x {fsdp} x {tensor} needs {n} devices; there are {len(devices)}")
     return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:n])
+
+
+def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, int, int]:
+    """(data, fsdp, tensor) for so many devices, -1 filled in. Raises InputError where they do not come out even."""
+    sizes = [config.data, config.fsdp, config.tensor]
+    known = math.prod(n for n in sizes if n != -1)
+    if -1 in sizes and devices % known == 0:
+        sizes[sizes.index(-1)] = devices // known
+    if math.prod(sizes) != devices:
+        shape = ", ".join(f"{axis} {n}" for axis, n in zip(MESH_AXES, (config.data, config.fsdp, config.tensor)))
+        raise InputError(f"mesh of {shape}: does not lay out {devices} devices; accepted: sizes with that product")
+    return tuple(sizes)
+
+
+def check_batch(rows: int, accumulate: int, mesh: Mesh) -> None:
+    """Raises InputError where a batch does not divide over the mesh."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % (ways * accumulate):
+        raise InputError(
+            f"train.batch_size = {rows}: does not divide over the mesh; accepted: a multiple of {ways * accumulate} "
+            f"(data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']} x train.accumulate {accumulate})"
+        )
+
+
+def start_processes(config: MeshConfig) -> None:
+    """Join the other processes of the run, where it has several: asked for, on a TPU pod, or told by environment."""
+    on_pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    if not (config.distributed or on_pod or "JAX_COORDINATOR_ADDRESS" in os.environ):
+        return  # jax.distributed would raise on a lone machine
+    number = lambda name: int(os.environ[name]) if name in os.environ else None
+    jax.distributed.initialize(num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID"))
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:

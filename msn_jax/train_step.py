@@ -23,6 +23,19 @@ from msn_jax.sharding import constrain, sharding
 COUNT, LOSS, TOP1, TOP10 = range(4)
 
 
+# Peak of matrix products in bfloat16, FLOP/s a device (data sheets; H100 and A100 without sparsity).
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
 @struct.dataclass
 class TrainState:
     """All that a step changes."""
@@ -97,6 +110,7 @@ def init_state(cfg: ModelConfig, run: RunConfig, mesh: Mesh, params: Params | No
     if params is None:
         new = lambda: init_adapter(key, cfg, run.lora) if run.lora.rank else stack_layers(init(key, cfg))
         params = jax.jit(new, out_shardings=places.params)()
+    params = jax.device_put(params, places.params)
     opt_state = jax.jit(make_optimizer(run.train).init, out_shardings=places.opt_state)(params)
     return TrainState(step=jax.device_put(np.int32(0), places.step), params=params, opt_state=opt_state)
 
@@ -158,7 +172,7 @@ def loss_sums(
     labels, counts = next_labels(batch)
     nll, rank = token_scores(params, cfg, hidden, labels, head_chunk)
     columns = jnp.stack([jnp.ones_like(nll), nll, (rank < 1).astype(nll.dtype), (rank < 10).astype(nll.dtype)], axis=-1)
-    by_depth = jax.nn.one_hot(depth, noise_length + 1, dtype=nll.dtype) * counts[..., None]
+    by_depth = jax.nn.one_hot(depth, noise_length + 1, dtype=nll.dtype) * counts[..., None].astype(nll.dtype)
     sums = jnp.einsum("btd,btc->dc", by_depth, columns, precision=jax.lax.Precision.HIGHEST)
     return sums[:, LOSS].sum(), sums
 
@@ -199,13 +213,15 @@ def make_train_step(cfg: ModelConfig, run: RunConfig):
             (grads, sums), _ = jax.lax.scan(one_part, zeros, parts)
         total = jnp.maximum(sums[:, COUNT].sum(), 1.0)
         grads = jax.tree.map(lambda g: g / total, grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        with jax.numpy_dtype_promotion("standard"):  # optax relies on it
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            rate = learning_rate(train)(state.step)
         report = {
             "by_depth": sums,
-            "grad_norm": optax.global_norm(grads),
-            "learning_rate": jnp.asarray(learning_rate(train)(state.step), jnp.float32),
+            "grad_norm": optax.tree.norm(grads),
+            "learning_rate": jnp.asarray(rate, jnp.float32),
         }
-        params = optax.apply_updates(state.params, updates)
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), report
 
     return step
@@ -248,6 +264,12 @@ def make_eval_step(cfg: ModelConfig, run: RunConfig):
 def cast(params: Params, dtype) -> Params:
     """Weights in the dtype of computation: one copy, so that they travel between devices in that dtype."""
     return jax.tree.map(lambda w: w.astype(dtype), params)
+
+
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+    """FLOP/s of one device in its matrix units, None where it is not known for this dtype."""
+    names = [name for name in PEAK_FLOPS if f"{device_kind} ".startswith(f"{name} ")]
+    return PEAK_FLOPS[max(names, key=len)] if names and dtype == "bfloat16" else None
 
 
 def metrics_of(by_depth: np.ndarray) -> dict[str, float]:

@@ -74,25 +74,48 @@ def check(cfg: ModelConfig, source: TensorSource) -> None:
             raise InputError(f"{source.name}: the tensor {name} is not part of this model")
 
 
-def load_params(cfg: ModelConfig, source: TensorSource, dtype=jnp.float32, mesh: Mesh | None = None) -> Params:
-    """Read all weights, one array at a time, each straight to its place on `mesh` (or the default device)."""
+def load_params(
+    cfg: ModelConfig, source: TensorSource, dtype=jnp.float32, mesh: Mesh | None = None, stacked: bool = False
+) -> Params:
+    """Read all weights, one array at a time, each straight to its place on `mesh` (or the default device).
+
+    stacked: the form for training, where one array is a field of all layers.
+    """
     check(cfg, source)
-    specs, shapes = declare(cfg), part_shapes(cfg)
+    specs, shapes = declare(cfg, stacked), part_shapes(cfg)
 
     def place(value: np.ndarray, spec: ArraySpec) -> jax.Array:
-        return jax.device_put(value.astype(dtype), None if mesh is None else sharding(spec.axes, spec.shape, mesh))
+        value = value.astype(dtype, copy=False)
+        if mesh is None:
+            return jax.device_put(value)
+        # By callback, since in a run of several processes each one has only some of the devices.
+        return jax.make_array_from_callback(value.shape, sharding(spec.axes, spec.shape, mesh), lambda at: value[at])
+
+    def read(i: int, field: str, shape: tuple[int, ...]) -> np.ndarray:
+        modules, axis = LAYER_NAMES[field]
+        parts = [
+            source.read(f"model.layers.{i}.{module}.weight").reshape(part)
+            for module, part in zip(modules, shapes.get(field, [shape]), strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
+
+    def stacked_field(field: str) -> jax.Array:
+        spec = getattr(specs.layers, field)
+        value = np.empty(spec.shape, dtype)
+        for i in range(cfg.layers):
+            value[i] = read(i, field, spec.shape[1:])
+        return place(value, spec)
 
     def layer_field(i: int, field: str) -> jax.Array:
-        modules, axis = LAYER_NAMES[field]
         spec = getattr(specs.layers[i], field)
-        parts = [
-            source.read(f"model.layers.{i}.{module}.weight").reshape(shape)
-            for module, shape in zip(modules, shapes.get(field, [spec.shape]), strict=True)
-        ]
-        return place(parts[0] if len(parts) == 1 else np.concatenate(parts, axis), spec)
+        return place(read(i, field, spec.shape), spec)
 
+    if stacked:
+        layers = Layer(**{field: stacked_field(field) for field in LAYER_NAMES})
+    else:
+        layers = tuple(Layer(**{field: layer_field(i, field) for field in LAYER_NAMES}) for i in range(cfg.layers))
     return Params(
-        layers=tuple(Layer(**{field: layer_field(i, field) for field in LAYER_NAMES}) for i in range(cfg.layers)),
+        layers=layers,
         **{
             field: None if spec is None else place(source.read(f"{module}.weight"), spec)
             for field, module in TOP_NAMES.items()

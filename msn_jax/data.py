@@ -1,0 +1,560 @@
+"""Rows of any supported form -> tokens and response mask -> packed batches that resume exactly.
+
+Three stages: `load_examples` reads and encodes every source once (cached on disk), `batches` walks an endless,
+shuffled, packed stream of them, and `held_out_batches` packs what was kept for evaluation.
+"""
+
+from __future__ import annotations
+
+import ast
+import collections
+import dataclasses
+import glob
+import gzip
+import hashlib
+import itertools
+import json
+import os
+import sys
+import sysconfig
+import textwrap
+import tokenize
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import grain
+import huggingface_hub
+import jinja2
+import numpy as np
+from datasets.exceptions import DatasetGenerationError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from msn_jax.config import DataConfig, DataSource, InputError, first_line
+
+ACCEPTED = "a .jsonl, .jsonl.gz or .parquet file, a hub id (org/name or org/name:subset), or stdlib"
+STDLIB = "stdlib"
+_JSONL, _PARQUET = (".jsonl", ".jsonl.gz"), (".parquet",)
+# Folders of the standard library without functions that teach anything: tests, tables, other people's packages.
+_NOISE = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data"}
+
+# Keys of a prompt (the first one marks the form, the others may be absent) -> keys of its reply.
+_FORMS = {
+    ("instruction", "context", "input"): ("response", "output"),
+    ("prompt",): ("completion", "canonical_solution"),
+    ("question",): ("answer",),
+}
+_KEYS = "messages, or " + ", or ".join(f"{'/'.join(prompt)} and {'/'.join(reply)}" for prompt, reply in _FORMS.items())
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_PLAIN = (
+    "{% for m in messages %}{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+)
+
+_CACHED = datasets.Features(
+    tokens=datasets.List(datasets.Value("int32")),
+    response=datasets.List(datasets.Value("bool")),
+    skipped=datasets.Value("string"),  # why the row cannot be used; empty where it can
+)
+
+
+class Unusable(Exception):
+    """A row that cannot be trained on. The message is the reason it is counted under."""
+
+
+def read_rows(source: DataSource) -> Iterator[dict[str, Any]]:
+    """The rows of a source, in their order; see ACCEPTED for what its path may be.
+
+    Raises InputError where nothing can be read, naming the line of a JSONL file that is not a JSON object.
+    """
+    if source.path == STDLIB:
+        rows = _stdlib_rows()
+    elif _is_hub_id(source.path):
+        rows = iter(_from_hub(source))
+    else:
+        rows = _file_rows(source.path)
+    first = next(rows, None)
+    if first is None:
+        raise InputError(f"{source.path}: there are no rows in it")
+    yield first
+    yield from rows
+
+
+def _is_hub_id(path: str) -> bool:
+    named_as_file = path.endswith(_JSONL + _PARQUET) or path[:1] in tuple("./~")
+    return path.count("/") == 1 and not named_as_file and not Path(path).exists()
+
+
+def _from_hub(source: DataSource) -> datasets.Dataset:
+    _silence()
+    try:
+        name, _, subset = source.path.partition(":")
+        return datasets.load_dataset(name, subset or None, split=source.split)
+    except Exception as e:  # whatever the network, the hub or the reader of the set runs into
+        raise InputError(f"{source.path}: no such file, and as a hub id: {first_line(e)}") from None
+
+
+def _file_rows(path: str) -> Iterator[dict[str, Any]]:
+    if not path.endswith(_JSONL + _PARQUET) or not Path(path).is_file():
+        kind = "a directory" if Path(path).is_dir() else "not of a known kind" if Path(path).exists() else "missing"
+        raise InputError(f"data source {path!r} is {kind}; accepted: {ACCEPTED}")
+    try:
+        yield from _json_rows(path) if path.endswith(_JSONL) else _parquet_rows(path)
+    except InputError:
+        raise
+    except Exception as e:  # gzip, Arrow and Unicode each raise their own
+        raise InputError(f"{path}: cannot be read ({first_line(e)})") from None
+
+
+def _parquet_rows(path: str) -> Iterator[dict[str, Any]]:
+    _silence()
+    return iter(datasets.load_dataset("parquet", data_files=[glob.escape(path)], split="train", streaming=True))
+
+
+def _json_rows(path: str) -> Iterator[dict[str, Any]]:
+    # Not the JSON loader of `datasets` (5.2): it makes dates of text, guesses one type for all rows of a column (so
+    # that one odd row costs the file), takes some rows for agent traces, and does not name the line.
+    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as e:
+                raise InputError(f"{path}, line {number}: not valid JSON ({first_line(e)})") from None
+            if not isinstance(row, dict):
+                raise InputError(f"{path}, line {number}: a {type(row).__name__}; accepted: a JSON object")
+            yield row
+
+
+def _silence() -> None:
+    """Errors come back as InputError; what the libraries print beside them is noise. Process-wide."""
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    huggingface_hub.logging.set_verbosity_error()
+
+
+def _stdlib_rows() -> Iterator[dict[str, str]]:
+    """Functions of the running Python's standard library: signature and docstring -> source without docstring."""
+    seen = set()
+    for folder, folders, files in os.walk(sysconfig.get_path("stdlib")):
+        folders[:] = sorted(set(folders) - _NOISE)
+        for file in sorted(files):
+            for row in _functions(Path(folder, file)) if file.endswith(".py") else ():
+                if row["response"] not in seen:  # copies would end up in both train and held-out
+                    seen.add(row["response"])
+                    yield row
+
+
+def _functions(path: Path) -> Iterator[dict[str, str]]:
+    with tokenize.open(path) as file:  # honours a coding comment
+        text = file.read()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of invalid escapes in somebody else's source
+        tree = ast.parse(text)
+    lines = text.split("\n")  # not splitlines: a form feed does not end a line for ast
+    blocks = [tree.body]
+    while blocks:
+        for node in blocks.pop(0):
+            if isinstance(node, ast.ClassDef | ast.If | ast.Try):
+                blocks.append(node.body)
+            # A nested function is left out: it is part of the row of the function around it.
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and len(node.body) > 1:
+                doc, rest = node.body[:2]
+                if ast.get_docstring(node) and node.lineno < doc.lineno and doc.end_lineno < rest.lineno:
+                    signature = lines[node.lineno - 1 : doc.lineno - 1]
+                    docstring = lines[doc.lineno - 1 : doc.end_lineno]
+                    body = itertools.dropwhile(lambda line: not line.strip(), lines[doc.end_lineno : node.end_lineno])
+                    yield {
+                        "instruction": textwrap.dedent("\n".join(signature + docstring)),
+                        "response": textwrap.dedent("\n".join([*signature, *body])),
+                    }
+
+
+def to_messages(row: dict[str, Any]) -> list[dict[str, str]]:
+    """The conversation in a row: its `messages`, or one prompt and its reply (see _FORMS).
+
+    Raises Unusable: unknown keys, not text, no response, empty prompt.
+    """
+    if row.get("messages") is not None:
+        messages = row["messages"]
+        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+            raise Unusable("not text")
+        messages = [{"role": _text(m.get("role")), "content": _text(m.get("content"))} for m in messages]
+    else:
+        prompt_keys, reply_keys = _form(row)
+        prompt = [text for key in prompt_keys if (text := _text(row.get(key))).strip()]
+        reply = [text for key in reply_keys if (text := _text(row.get(key))).strip()]
+        messages = [
+            {"role": "user", "content": "\n\n".join(prompt)},
+            {"role": "assistant", "content": reply[0] if reply else ""},
+        ]
+    replies = [m["content"].strip() for m in messages if m["role"] == "assistant"]
+    if not replies or not all(replies):
+        raise Unusable("no response")
+    before = itertools.takewhile(lambda m: m["role"] != "assistant", messages)
+    if not any(m["content"].strip() for m in before):
+        raise Unusable("empty prompt")
+    return messages
+
+
+def _form(row: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    for form in _FORMS.items():
+        if row.get(form[0][0]) is not None:
+            return form
+    raise Unusable("unknown keys")
+
+
+def _text(value: Any) -> str:
+    if value is None:  # Arrow fills the keys that a row lacks
+        return ""
+    if not isinstance(value, str):
+        raise Unusable("not text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:  # half of a surrogate pair, as JSON can spell it
+        raise Unusable("not text") from None
+    return value
+
+
+def apply_template(tokenizer: PreTrainedTokenizerBase, setting: str | None) -> PreTrainedTokenizerBase:
+    """The tokenizer with the chat template that `data.chat_template` names, changed in place.
+
+    setting: None keeps its own; `plain` is text, newline, reply, end token; else a .jinja file.
+    Raises InputError where there is no template, no end token for `plain`, or the file cannot be used.
+    """
+    if setting is None:
+        if not tokenizer.chat_template:
+            raise InputError("the tokenizer has no chat template; accepted as data.chat_template: plain, a .jinja file")
+    elif setting == "plain":
+        if tokenizer.eos_token is None:
+            raise InputError("data.chat_template = plain needs a tokenizer with an end token; this one has none")
+        starts = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+        tokenizer.chat_template = "{{ bos_token }}" * starts + _PLAIN
+    elif setting.endswith(".jinja"):
+        _template_from_file(tokenizer, setting)
+    else:
+        raise InputError(f"data.chat_template = {setting} is not possible; accepted: null, plain, a .jinja file")
+    return tokenizer
+
+
+def _template_from_file(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    try:
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+        if not tokenizer.chat_template.strip():
+            raise InputError(f"data.chat_template {path} is empty")
+        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    except jinja2.TemplateSyntaxError as e:
+        raise InputError(f"data.chat_template {path}, line {e.lineno}: {first_line(e)}") from None
+    except jinja2.TemplateError:
+        pass  # it refuses the probe, not every conversation: rows that it refuses are counted
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"data.chat_template {path} cannot be read ({first_line(e)})") from None
+
+
+def encode_example(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], stop_ids: Iterable[int] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens int32[n] of a conversation up to the end of its last reply, and which belong to a reply, bool[n].
+
+    A reply is what the chat template adds after the prompt that `encode_chat` makes of the messages before it, up
+    to and including the first of `stop_ids` (default: the tokenizer's end token). The text is cut there and behind
+    the prompt, and the pieces are tokenised apart, so a prompt has the tokens that decoding will give it.
+    Raises Unusable: template refuses, template rewrites earlier turns, template gives no stop token,
+    no response.
+    """
+    stop_ids = {tokenizer.eos_token_id} if stop_ids is None else set(stop_ids)
+    # A model's config may name a stop id that its tokenizer does not have.
+    stops = [stop for stop in tokenizer.convert_ids_to_tokens(sorted(stop_ids)) if stop]
+    pieces = _pieces(tokenizer, messages, stops)
+    if not pieces:
+        raise Unusable("no response")
+    ids = tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]
+    if any(reply[-1] not in stop_ids for reply in ids[1::2]):
+        raise Unusable("template gives no stop token")
+    is_reply = np.arange(len(ids)) % 2 == 1
+    return np.concatenate(ids).astype(np.int32), np.repeat(is_reply, [len(piece) for piece in ids])
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], stops: list[str]) -> list[str]:
+    """The rendered conversation, cut into prompt, reply, prompt, reply, ..."""
+    pieces = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        done = "".join(pieces)
+        prompt = _render(tokenizer, messages[:i], add_generation_prompt=True)
+        turn = _render(tokenizer, messages[: i + 1])
+        if not (prompt.startswith(done) and turn.startswith(prompt)):
+            raise Unusable("template rewrites earlier turns")
+        reply = turn[len(prompt) :]
+        ends = [at + len(stop) for stop in stops if (at := reply.find(stop)) >= 0]
+        if not ends:
+            raise Unusable("template gives no stop token")
+        pieces += [prompt[len(done) :], reply[: min(ends)]]
+    return pieces
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], **options) -> str:
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+    except Exception:  # templates raise their own messages through jinja
+        raise Unusable("template refuses") from None
+
+
+def train_tokenizer(rows: Iterable[dict[str, Any]], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with ChatML template, of at most `vocab_size` tokens, trained on usable rows.
+
+    <|im_end|> ends a reply, <|endoftext|> pads. The same rows give the same tokenizer.
+    Raises InputError where vocab_size has no room for all bytes and the special tokens.
+    """
+    special, alphabet = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < (least := len(special) + len(alphabet)):
+        raise InputError(f"model.scratch.vocab_size = {vocab_size} is not possible; accepted: {least} or more")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    bpe.train_from_iterator(_contents(rows), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHATML,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _contents(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
+    for row in rows:
+        try:
+            yield from (message["content"] for message in to_messages(row))
+        except Unusable:
+            continue  # load_examples reads the same rows and counts the reasons
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Encoded conversations, end to end."""
+
+    tokens: np.ndarray  # int32[N], of all examples together
+    response: np.ndarray  # bool[N]: the token belongs to a reply
+    ends: np.ndarray  # int64[n]: where each example ends
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, i: int) -> dict[str, np.ndarray]:
+        part = slice(self.ends[i - 1] if i else 0, self.ends[i])
+        return {"tokens": self.tokens[part], "response": self.response[part]}
+
+    @classmethod
+    def join(cls, examples: Iterable[dict[str, np.ndarray]]) -> Examples:
+        examples = list(examples)
+        tokens = [np.zeros(0, np.int32), *(e["tokens"] for e in examples)]
+        response = [np.zeros(0, bool), *(e["response"] for e in examples)]
+        ends = np.cumsum([len(t) for t in tokens[1:]], dtype=np.int64)
+        return cls(np.concatenate(tokens), np.concatenate(response), ends)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """All sources, encoded. The dicts go by source, in the order of the config."""
+
+    train: dict[str, Examples]
+    held_out: dict[str, Examples]
+    skipped: dict[str, dict[str, int]]  # rows that are not used, by reason
+    weights: dict[str, float]
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """{source: {"train": examples, "held_out": examples}}"""
+        return {name: {"train": len(self.train[name]), "held_out": len(self.held_out[name])} for name in self.train}
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one epoch of all train examples."""
+        return sum(len(examples.tokens) for examples in self.train.values())
+
+    @property
+    def response_tokens(self) -> int:
+        return sum(int(examples.response.sum()) for examples in self.train.values())
+
+
+def load_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int]) -> Corpus:
+    """Read, encode and split all sources. Applies `config.chat_template` to the tokenizer.
+
+    Held-out examples are the same in every run, whatever its seed; a train example that is a copy of one, in
+    whichever source, is skipped. Encoded rows are cached with the other caches of `datasets`: a template that prints
+    today's date keeps the date of the first run.
+    Raises InputError: a source that cannot be read, is listed twice, has no usable row or too few to hold out.
+    """
+    apply_template(tokenizer, config.chat_template)
+    encoded, skipped, weights = {}, {}, {}
+    for source in config.sources:
+        name = source.path + ("" if source.split == "train" else f" ({source.split})")
+        if name in encoded:
+            raise InputError(f"data.sources lists {name} twice; accepted: once, with a weight")
+        encoded[name], skipped[name] = _encode_source(source, tokenizer, sorted(stop_ids), config.max_tokens)
+        weights[name] = source.weight
+    chosen, held_out = {}, {}
+    for name, examples in encoded.items():
+        if len(examples) <= config.held_out:
+            raise InputError(f"{name}: {len(examples)} usable rows are too few for data.held_out = {config.held_out}")
+        chosen[name] = np.sort(np.random.default_rng(0).permutation(len(examples))[: config.held_out])
+        held_out[name] = Examples.join(examples[i] for i in chosen[name])
+    kept_texts = {held[i]["tokens"].tobytes() for held in held_out.values() for i in range(len(held))}
+    train = {}
+    for name, examples in encoded.items():
+        rest = [examples[i] for i in np.setdiff1d(np.arange(len(examples)), chosen[name])]
+        train[name] = Examples.join(e for e in rest if e["tokens"].tobytes() not in kept_texts)
+        if copies := len(rest) - len(train[name]):
+            skipped[name]["copy of a held-out row"] = copies
+        if not len(train[name]):
+            raise InputError(f"{name}: nothing is left to train on, all rows are copies of held-out rows")
+    return Corpus(train=train, held_out=held_out, skipped=skipped, weights=weights)
+
+
+def _encode_source(
+    source: DataSource, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], max_tokens: int
+) -> tuple[Examples, dict[str, int]]:
+    """The usable rows of a source, and how many were skipped for which reason."""
+
+    def encode():
+        for row in tqdm(read_rows(source), desc=f"encoding {source.path}", unit=" rows", disable=None):
+            try:
+                tokens, response = encode_example(tokenizer, to_messages(row), stop_ids)
+                if len(tokens) > max_tokens:
+                    raise Unusable("longer than max_tokens")
+                yield {"tokens": tokens, "response": response, "skipped": ""}
+            except Unusable as e:
+                yield {"tokens": [], "response": [], "skipped": str(e)}
+
+    # Tokenising makes about 900 rows/s of Dolly on one core, so the Arrow file that this writes is worth keeping.
+    fingerprint = _fingerprint(source, tokenizer, stop_ids, max_tokens)
+    _silence()
+    try:
+        table = datasets.Dataset.from_generator(encode, features=_CACHED, fingerprint=fingerprint)
+    except (DatasetGenerationError, OSError) as e:
+        cause = e.__cause__ or e
+        if isinstance(cause, OSError):
+            cause = InputError(f"the cache of encoded rows cannot be written ({cause}); HF_DATASETS_CACHE moves it")
+        raise cause from None
+    skipped = collections.Counter(reason for reason in table["skipped"] if reason)
+    if len(table) == skipped.total():
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.most_common())
+        raise InputError(f"{source.path}: none of its {len(table)} rows can be used ({reasons}); accepted: {_KEYS}")
+    tokens, response = (_flat(table.data.column(name)) for name in ("tokens", "response"))
+    lengths = np.concatenate([part.value_lengths().to_numpy() for part in table.data.column("tokens").chunks])
+    return Examples(tokens, response, np.cumsum(lengths[lengths > 0], dtype=np.int64)), dict(skipped)
+
+
+def _flat(column) -> np.ndarray:
+    return np.concatenate([part.flatten().to_numpy(zero_copy_only=False) for part in column.chunks])
+
+
+def _fingerprint(source: DataSource, tokenizer, stop_ids: list[int], max_tokens: int) -> str:
+    """A name for the encoded rows that changes with everything they depend on."""
+    if source.path == STDLIB:
+        content = f"{STDLIB} {sys.version}"
+    elif _is_hub_id(source.path):
+        content = str(_from_hub(source).cache_files)  # their path holds the revision
+    elif Path(source.path).is_file():
+        with open(source.path, "rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+    else:
+        content = ""  # read_rows says what is wrong with it
+    code = Path(__file__).read_text(encoding="utf-8")
+    special = sorted(tokenizer.special_tokens_map.items())
+    vocabulary = tokenizer.backend_tokenizer.to_str()
+    parts = (content, vocabulary, special, tokenizer.chat_template, stop_ids, max_tokens, code)
+    return hashlib.sha256(repr(parts).encode("utf-8")).hexdigest()[:32]
+
+
+def longest_response(corpus: Corpus) -> int:
+    """Tokens of the longest reply among the train examples. Noise of length L needs one of L + 1."""
+    longest = 0
+    for examples in corpus.train.values():
+        # Replies of neighbours never touch: an example begins with its prompt.
+        edges = np.flatnonzero(np.diff(examples.response, prepend=False, append=False))
+        longest = max(longest, int((edges[1::2] - edges[::2]).max()))
+    return longest
+
+
+def batches(
+    corpus: Corpus, config: DataConfig, batch_size: int, seed: int, part: tuple[int, int] = (0, 1)
+) -> grain.DatasetIterator:
+    """An endless iterator of packed batches of the train examples, the same for the same seed.
+
+    Each is {"tokens": int32[B, T], "segment_ids": int32[B, T] (0 padding, then 1, 2, ... by example), "positions":
+    int32[B, T] (from 0 in each example), "response": bool[B, T]}, T = config.max_tokens. Sources are drawn in
+    proportion to their weights, and each is shuffled anew every epoch. `get_state()` is a JSON-able dict of where
+    the last yielded batch ends; after `set_state()` the next one follows.
+
+    part = (index, count): this process's share, the rows [index * B/count, (index + 1) * B/count) of each batch.
+    Every process packs all rows (it is cheap: no tokenising) so that the batches, and a state, do not depend on how
+    many processes there are. Raises InputError where count does not divide batch_size.
+    """
+    index, count = part
+    if batch_size % count:
+        raise InputError(f"train.batch_size = {batch_size} does not divide over {count} processes")
+    streams = [
+        grain.MapDataset.source(examples).shuffle(seed=_seed(seed, number)).repeat()
+        for number, examples in enumerate(corpus.train.values())
+    ]
+    mixed = grain.MapDataset.mix(streams, list(corpus.weights.values()))
+    rows = _pack(mixed, config.max_tokens, config.packing_bins, seed=_seed(seed, len(streams)))
+    size = batch_size // count
+    mine = lambda batch: {name: array[index * size : (index + 1) * size] for name, array in batch.items()}
+    return iter(grain.experimental.ThreadPrefetchIterDataset(rows.batch(batch_size).map(mine), prefetch_buffer_size=2))
+
+
+def _seed(seed: int, number: int) -> int:
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+
+
+def _pack(examples: grain.MapDataset, max_tokens: int, bins: int, seed: int | None) -> grain.IterDataset:
+    """Packed rows; seed None keeps them in the order of their first example."""
+    rows = grain.experimental.BestFitPackIterDataset(
+        # Examples are in memory: threads that read ahead would cost more than they save.
+        examples.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)),
+        length_struct={"tokens": max_tokens, "response": max_tokens},
+        num_packing_bins=bins,
+        seed=seed or 0,
+        shuffle_bins=seed is not None,
+    )
+    names = {
+        "tokens": "tokens",
+        "segment_ids": "tokens_segment_ids",
+        "positions": "tokens_positions",
+        "response": "response",
+    }
+    return rows.map(lambda row: {name: row[packed] for name, packed in names.items()})
+
+
+def held_out_batches(corpus: Corpus, config: DataConfig, batch_size: int, count: int) -> list[dict[str, np.ndarray]]:
+    """At most `count` packed batches of the held-out examples, in the form of `batches`, always the same.
+
+    The sources take turns, so that each is in the first batches. The last batch is filled up with empty rows.
+    Raises InputError where nothing was held out.
+    """
+    turns = itertools.zip_longest(*([held[i] for i in range(len(held))] for held in corpus.held_out.values()))
+    examples = [example for turn in turns for example in turn if example is not None]
+    if not examples:
+        raise InputError("data.held_out = 0 leaves nothing to evaluate on; accepted: 1 or more")
+    packed = _pack(grain.MapDataset.source(examples), config.max_tokens, bins=batch_size * count, seed=None)
+    rows = list(itertools.islice(packed, batch_size * count))
+    empty = {name: np.zeros_like(row) for name, row in rows[0].items()}
+    rows += [empty] * (-len(rows) % batch_size)
+    whole = [rows[at : at + batch_size] for at in range(0, len(rows), batch_size)]
+    return [{name: np.stack([row[name] for row in batch]) for name in empty} for batch in whole]
