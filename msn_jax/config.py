@@ -230,7 +230,7 @@ class NoiseConfig:
     segments: int = 1  # an example, as in the paper
     density: float = 0.0  # above 0, instead of `segments`: the share of response tokens under noise
     progressive_steps: int = 0  # above 0: L grows from 1 to `length` over so many steps
-    vocab_size: int = 0  # for `random`; train.py fills it in
+    vocab_size: int = 0  # of `random`; make_train_step fills in the model's
 
     def __post_init__(self):
         _check(

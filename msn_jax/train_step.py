@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -184,7 +185,8 @@ def make_train_step(cfg: ModelConfig, run: RunConfig):
     Noise is drawn from fold_in(seed, step), so a resumed run sees the same. sums: {"by_depth": see loss_sums,
     "grad_norm": float32[], "learning_rate": float32[]}.
     """
-    train, noise, optimizer = run.train, run.noise, make_optimizer(run.train)
+    train, optimizer = run.train, make_optimizer(run.train)
+    noise = dataclasses.replace(run.noise, vocab_size=cfg.vocab_size)
     dtype = jnp.dtype(train.dtype)
 
     def loss(trained, frozen, batch, inputs, depth):

@@ -6,15 +6,19 @@ import dataclasses
 import importlib.util
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
+from msn_jax import lora
 from msn_jax.config import InputError, ModelConfig, first_line
-from msn_jax.io import gguf, hf, tokenizer
-from msn_jax.model import Params
+from msn_jax.io import gguf, hf, run, tokenizer
+from msn_jax.model import Layer, Params, declare, unstack_layers
 
-ACCEPTED = "a Hugging Face directory, a .gguf file, a hub id (org/name), or smollm2-135m-instruct"
+ACCEPTED = (
+    "a Hugging Face directory, a .gguf file, a run directory of train.py, a hub id (org/name), or smollm2-135m-instruct"
+)
 SMOLLM2 = "smollm2-135m-instruct"
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HUB_FILES = [
@@ -42,16 +46,65 @@ class LM:
         return self.params.embed.dtype
 
 
-def load(ckpt: str | Path, dtype=jnp.float32, mesh: Mesh | None = None) -> LM:
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A checkpoint of which all but the weights is read."""
+
+    name: str
+    cfg: ModelConfig
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: tuple[int, ...]
+    source: hf.TensorSource
+
+
+def load(ckpt: str | Path, adapter: str | Path | None = None, dtype=jnp.float32, mesh: Mesh | None = None) -> LM:
     """Load a checkpoint for decoding.
 
-    ckpt: a Hugging Face directory, a .gguf file, a hub id, or the alias smollm2-135m-instruct.
+    ckpt: a Hugging Face directory, a .gguf file, a run directory of train.py, a hub id, or the alias
+    smollm2-135m-instruct. adapter: a directory that lora.save_adapter wrote; it is merged into the weights.
     dtype: float32 or bfloat16, of weights and computation. mesh: where to spread the weights (see sharding.py).
     Raises InputError, one line that names what was found and what is accepted.
     """
     if str(jnp.dtype(dtype)) not in ("float32", "bfloat16"):
         raise InputError(f"dtype {jnp.dtype(dtype)} is not supported; accepted: float32, bfloat16")
-    path = resolve(str(ckpt))
+    lm = _load_run(str(ckpt), dtype, mesh) if run.is_run(ckpt) else _load_opened(str(ckpt), dtype, mesh)
+    return lm if adapter is None else _merged(lm, lora.load_adapter(adapter, lm.cfg))
+
+
+def _load_opened(ckpt: str, dtype, mesh: Mesh | None) -> LM:
+    opened = open_checkpoint(ckpt)
+    params = hf.load_params(opened.cfg, opened.source, dtype, mesh)
+    return LM(ckpt, opened.cfg, params, opened.tokenizer, opened.stop_ids)
+
+
+def _load_run(folder: str, dtype, mesh: Mesh | None) -> LM:
+    """The newest checkpoint of a run; of a LoRA run, its base with the adapter merged."""
+    config = run.read_config(folder)
+    if config.lora.rank:
+        base = load(config.model.ckpt, dtype=dtype, mesh=mesh)
+        adapter, _ = run.restore_params(folder, _float32(lora.declare_adapter(base.cfg, config.lora)))
+        return dataclasses.replace(_merged(base, adapter), name=folder)
+    cfg = hf.read_config(Path(folder))
+    tok, stops = tokenizer.from_folder(Path(folder))
+    stacked, _ = run.restore_params(folder, _float32(declare(cfg, stacked=True)))
+    params = hf.place_params(cfg, unstack_layers(stacked), dtype, mesh)
+    return LM(folder, cfg, params, tok, tuple(sorted(stops | hf.stop_ids(Path(folder)))))
+
+
+def _merged(lm: LM, adapter: Layer) -> LM:
+    return dataclasses.replace(lm, params=lora.merge(lm.params, lora.unstack_adapter(adapter)))
+
+
+def _float32(specs):
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, jnp.float32), specs)
+
+
+def open_checkpoint(ckpt: str) -> Opened:
+    """Find a checkpoint and read its config, tokenizer and tensor names; its weights are read by hf.load_params.
+
+    Raises InputError, one line that names what was found and what is accepted.
+    """
+    path = resolve(ckpt)
     if path.is_file():
         source = gguf.GGUFSource(path)
         cfg = source.config
@@ -63,8 +116,7 @@ def load(ckpt: str | Path, dtype=jnp.float32, mesh: Mesh | None = None) -> LM:
         stops |= hf.stop_ids(path)
     if len(tok) > cfg.vocab_size:
         raise InputError(f"{ckpt}: the tokenizer has {len(tok)} tokens, the model {cfg.vocab_size}")
-    params = hf.load_params(cfg, source, dtype, mesh)
-    return LM(str(ckpt), cfg, params, tok, tuple(sorted(stops)))
+    return Opened(ckpt, cfg, tok, tuple(sorted(stops)), source)
 
 
 def resolve(ckpt: str, hub_files: list[str] = _HUB_FILES) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -83,13 +84,7 @@ def load_params(
     """
     check(cfg, source)
     specs, shapes = declare(cfg, stacked), part_shapes(cfg)
-
-    def place(value: np.ndarray, spec: ArraySpec) -> jax.Array:
-        value = value.astype(dtype, copy=False)
-        if mesh is None:
-            return jax.device_put(value)
-        # By callback, since in a run of several processes each one has only some of the devices.
-        return jax.make_array_from_callback(value.shape, sharding(spec.axes, spec.shape, mesh), lambda at: value[at])
+    place = partial(_place, dtype=dtype, mesh=mesh)
 
     def read(i: int, field: str, shape: tuple[int, ...]) -> np.ndarray:
         modules, axis = LAYER_NAMES[field]
@@ -122,6 +117,19 @@ def load_params(
             for spec in [getattr(specs, field)]
         },
     )
+
+
+def place_params(cfg: ModelConfig, params: Params, dtype, mesh: Mesh | None) -> Params:
+    """NumPy weights of the form for decoding, each to its place as in `load_params`."""
+    return jax.tree.map(partial(_place, dtype=dtype, mesh=mesh), params, declare(cfg))
+
+
+def _place(value: np.ndarray, spec: ArraySpec, dtype, mesh: Mesh | None) -> jax.Array:
+    value = value.astype(dtype, copy=False)
+    if mesh is None:
+        return jax.device_put(value)
+    # By callback, since in a run of several processes each one has only some of the devices.
+    return jax.make_array_from_callback(value.shape, sharding(spec.axes, spec.shape, mesh), lambda at: value[at])
 
 
 class SafetensorsSource:

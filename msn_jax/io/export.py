@@ -1,0 +1,189 @@
+"""Write a model in Hugging Face layout: the inverse of hf.py, from the same table of names."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from msn_jax.config import InputError, ModelConfig, first_line
+from msn_jax.io.hf import LAYER_NAMES, TOP_NAMES, part_shapes, read_json, tensors
+from msn_jax.model import Params
+
+_DTYPES = {"float32": "F32", "bfloat16": "BF16"}  # as safetensors calls them
+_MARK = {"exported_by": "msn_jax"}  # in config.json: what `export_hf` may replace
+
+
+def hf_config(cfg: ModelConfig, stop_ids: Iterable[int] = ()) -> dict[str, Any]:
+    """The config.json of a model: the inverse of ModelConfig.from_hf.
+
+    Rope is written twice, since transformers 5 reads `rope_parameters` and transformers 4 the two others.
+    """
+    scaling, stops = cfg.rope_scaling, sorted(stop_ids)
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if scaling is not None:
+        rope = {"rope_type": scaling.kind, "factor": float(scaling.factor)}
+    if scaling is not None and scaling.kind == "llama3":
+        rope |= {
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_max_position,
+        }
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": cfg.vocab_size,
+        "hidden_size": cfg.embed,
+        "num_hidden_layers": cfg.layers,
+        "num_attention_heads": cfg.heads,
+        "num_key_value_heads": cfg.kv_heads,
+        "head_dim": cfg.head_dim,
+        "intermediate_size": cfg.mlp,
+        "max_position_embeddings": cfg.max_position,
+        "rms_norm_eps": cfg.norm_eps,
+        "rope_theta": float(cfg.rope_theta),
+        "rope_scaling": None if scaling is None else rope,
+        "rope_parameters": {"rope_theta": float(cfg.rope_theta), **rope},
+        "tie_word_embeddings": cfg.tie_embeddings,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        # Named even where there is none: transformers would take 1 and 2.
+        "bos_token_id": None,
+        "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
+    }
+
+
+def check_export_dir(directory: str | Path) -> Path:
+    """The path to export to. Raises InputError, before any work, for one that is taken or cannot be written."""
+    path = Path(directory)
+    accepted = "accepted: a new or empty local directory, or an earlier export"
+    if "://" in str(directory):
+        raise InputError(f"--export {directory}: not a local path; {accepted}")
+    if path.exists() and not path.is_dir():
+        raise InputError(f"--export {directory}: a file; {accepted}")
+    if path.is_dir() and any(path.iterdir()) and not _is_export(path):
+        raise InputError(f"--export {directory}: a directory with other files in it; {accepted}")
+    parent = next(p for p in path.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"--export {directory}: {parent} cannot be written; {accepted}")
+    return path
+
+
+def _is_export(path: Path) -> bool:
+    return (path / "config.json").is_file() and _MARK.items() <= read_json(path / "config.json").items()
+
+
+def export_hf(
+    directory: str | Path,
+    cfg: ModelConfig,
+    params: Params,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: Iterable[int],
+    dtype="float32",
+    max_shard_bytes: int = 4 * 10**9,
+) -> None:
+    """Write config, generation config, tokenizer and weights in `dtype` (float32 or bfloat16), one tensor at a time.
+
+    params: `layers` a tuple of L Layers, or one Layer whose arrays have L as their first axis.
+    The directory appears when it is whole, in place of an earlier export.
+    Raises InputError as `check_export_dir` does, and for a disk that fills; then an earlier export is still there.
+    """
+    dtype, path = jnp.dtype(dtype), check_export_dir(directory)
+    if str(dtype) not in _DTYPES:
+        raise InputError(f"dtype {dtype} cannot be exported; accepted: {', '.join(_DTYPES)}")
+    config = hf_config(cfg, stop_ids) | {"bos_token_id": tokenizer.bos_token_id, "dtype": str(dtype), **_MARK}
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        tokenizer.save_pretrained(partial)
+        _write_json(partial / "config.json", config)
+        ids = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
+        _write_json(partial / "generation_config.json", {"_from_model_config": False, **ids})
+        _write_weights(partial, cfg, params, dtype, max_shard_bytes)
+        _put_in_place(partial, path)
+    except OSError as e:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise InputError(f"--export {directory}: cannot be written ({e.strerror or first_line(e)})") from None
+
+
+def _stored(cfg: ModelConfig, params: Params) -> Iterator[tuple[str, np.ndarray]]:
+    """Each tensor as it is stored, [out, in], by name: the inverse of hf.load_params. One field is on the host."""
+    shapes, stored = part_shapes(cfg), tensors(cfg)
+    for field, module in TOP_NAMES.items():
+        if f"{module}.weight" in stored:
+            yield f"{module}.weight", np.asarray(getattr(params, field))
+    for i in range(cfg.layers):
+        for field, (modules, axis) in LAYER_NAMES.items():
+            layers = params.layers
+            value = np.asarray(getattr(layers[i], field) if isinstance(layers, tuple) else getattr(layers, field)[i])
+            sizes = [shape[axis] for shape in shapes.get(field, [value.shape])]
+            for module, part in zip(modules, np.split(value, np.cumsum(sizes)[:-1], axis), strict=True):
+                name = f"model.layers.{i}.{module}.weight"
+                yield name, part.reshape(stored[name])
+
+
+def _names(cfg: ModelConfig) -> list[str]:
+    """The order in which `_stored` gives the tensors."""
+    top = [f"{module}.weight" for module in TOP_NAMES.values()]
+    layer = [module for modules, _ in LAYER_NAMES.values() for module in modules]
+    names = [*top, *(f"model.layers.{i}.{module}.weight" for i in range(cfg.layers) for module in layer)]
+    return [name for name in names if name in tensors(cfg)]
+
+
+def _write_weights(folder: Path, cfg: ModelConfig, params: Params, dtype: np.dtype, max_shard_bytes: int) -> None:
+    """model.safetensors, or shards and their index. Not safetensors' save_file: it takes all of a file's tensors."""
+    nbytes = {name: math.prod(shape) * dtype.itemsize for name, shape in tensors(cfg).items()}
+    shards: list[list[str]] = [[]]
+    for name in _names(cfg):
+        if shards[-1] and sum(nbytes[n] for n in shards[-1]) + nbytes[name] > max_shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    files = files if len(shards) > 1 else ["model.safetensors"]
+    stream = _stored(cfg, params)
+    for file, names in zip(files, shards):
+        with (folder / file).open("wb") as f:
+            f.write(_header(names, tensors(cfg), nbytes, _DTYPES[str(dtype)]))
+            for name in names:
+                got, value = next(stream)
+                assert got == name
+                f.write(np.ascontiguousarray(value, dtype))
+            f.flush()
+            os.fsync(f.fileno())
+    if len(shards) > 1:
+        where = {name: file for file, names in zip(files, shards) for name in names}
+        index = {"metadata": {"total_size": sum(nbytes.values())}, "weight_map": where}
+        _write_json(folder / "model.safetensors.index.json", index)
+
+
+def _header(names: list[str], shapes: dict[str, tuple[int, ...]], nbytes: dict[str, int], dtype: str) -> bytes:
+    """The head of a safetensors file: its length in 8 bytes, then where each tensor lies in what follows."""
+    head, at = {"__metadata__": {"format": "pt"}}, 0  # transformers asks for the format
+    for name in names:
+        head[name] = {"dtype": dtype, "shape": shapes[name], "data_offsets": [at, at := at + nbytes[name]]}
+    text = json.dumps(head).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    partial.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,345 @@
+"""Fine-tune a LLaMA-family model with noise, so that decode.py takes several tokens of it a forward pass.
+
+python train.py --config configs/tiny.yaml
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import signal
+import sys
+import time
+from functools import partial
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would tell on every start that torch is missing
+if "--plan" in sys.argv:
+    # The TPU compiler needs no TPU, but must not look for one.
+    os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")
+
+import jax
+import jax.numpy as jnp
+import jsonargparse
+import numpy as np
+import yaml
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from msn_jax import data, train_step
+from msn_jax.config import SECTIONS, InputError, ModelConfig, RunConfig, first_line
+from msn_jax.io import export, hf
+from msn_jax.io import run as run_dir
+from msn_jax.io.checkpoint import open_checkpoint
+from msn_jax.lora import merge, save_adapter
+from msn_jax.model import Params
+from msn_jax.report import plot_metrics
+from msn_jax.sharding import check_batch, make_mesh, mesh_sizes, start_processes
+
+# A run may be taken up again with other values of these; all others decide what it computes.
+FREE_TO_CHANGE = {"train": {"out", "save_every", "keep", "eval_every", "eval_batches"}, "mesh": None}
+
+
+def parse_args(argv: list[str] | None) -> tuple[RunConfig, jsonargparse.Namespace]:
+    """(config, flags). Raises InputError for an unknown key, a wrong type, or a value that is not possible."""
+    p = jsonargparse.ArgumentParser(description=__doc__.split("\n")[0], exit_on_error=False)
+    p.add_argument("--config", action="config", help="YAML file, see configs/")
+    p.add_argument("--plan", action="store_true", help="print devices, parameters, batch and memory; train nothing")
+    p.add_argument("--topology", type=str | None, help="TPU slice for --plan, in place of mesh.topology")
+    p.add_argument("--export", type=str | None, help="when trained, write a Hugging Face directory")
+    p.add_argument("--plot", action="store_true", help="when trained, write plot.png beside metrics.jsonl")
+    for name, kind in SECTIONS.items():
+        p.add_class_arguments(kind, name)
+    try:
+        flags = p.parse_args(argv)
+        made = p.instantiate(flags)
+    except jsonargparse.ArgumentError as e:
+        raise InputError(" ".join(str(e).split())) from None
+    if flags.topology and not flags.plan:
+        raise InputError("--topology does nothing without --plan")
+    return RunConfig(**{name: made[name] for name in SECTIONS}), flags
+
+
+def say(text: str) -> None:
+    """Print, on the first process alone, without tearing the progress bar."""
+    if jax.process_index() == 0:
+        tqdm.write(text)
+
+
+def start_model(run: RunConfig) -> tuple[ModelConfig, object, tuple[int, ...], object]:
+    """(model config, tokenizer, stop ids, source of the weights or None for random ones)."""
+    if run.model.ckpt is not None:
+        opened = open_checkpoint(run.model.ckpt)
+        return opened.cfg, opened.tokenizer, opened.stop_ids, opened.source
+    if run.lora.rank:
+        raise InputError("lora.rank: adapters need weights to work on; accepted: model.ckpt in place of model.scratch")
+    fields = {field.name for field in dataclasses.fields(ModelConfig)}
+    unknown = sorted(run.model.scratch.keys() - fields)
+    if unknown:
+        raise InputError(f"model.scratch: {unknown[0]} is no field of it; accepted: {', '.join(sorted(fields))}")
+    try:
+        cfg = ModelConfig(**run.model.scratch)
+    except TypeError as e:
+        raise InputError(f"model.scratch: {first_line(e).split('__init__() ')[-1]}") from None
+    rows = itertools.chain.from_iterable(map(data.read_rows, run.data.sources))
+    tokenizer = data.train_tokenizer(rows, cfg.vocab_size)
+    return cfg, tokenizer, (tokenizer.eos_token_id,), None
+
+
+def describe(corpus: data.Corpus) -> None:
+    """What there is to train on, and which rows are not used and why."""
+    for name, counts in corpus.counts.items():
+        reasons = ", ".join(f"{why}: {count}" for why, count in corpus.skipped[name].items())
+        skipped = f"; skipped {reasons}" if reasons else ""
+        say(f"{name}: {counts['train']:,} examples to train on, {counts['held_out']} held out{skipped}")
+    say(f"{corpus.tokens:,} tokens, {corpus.response_tokens / corpus.tokens:.0%} of them in replies")
+
+
+def global_batch(batch: dict[str, np.ndarray], shapes: dict) -> dict[str, jax.Array]:
+    """This process's rows, or all of them, as the batch over all devices."""
+    return {
+        name: jax.make_array_from_process_local_data(shape.sharding, batch[name], shape.shape)
+        for name, shape in shapes.items()
+    }
+
+
+def check_same_run(run: RunConfig) -> None:
+    """Raises InputError where the run directory was begun with another config."""
+    folder = run.train.out
+    old, new = dataclasses.asdict(run_dir.read_config(folder)), dataclasses.asdict(run)
+    for section, free in FREE_TO_CHANGE.items():
+        for name in list(new[section]) if free is None else free:
+            old[section].pop(name), new[section].pop(name)
+    for section in new:
+        for name, value in new[section].items():
+            if old[section][name] != value:
+                raise InputError(
+                    f"{folder} was begun with {section}.{name} = {old[section][name]}, not {value}; "
+                    "accepted: the same config, or another train.out"
+                )
+
+
+class Stop:
+    """Whether the run was asked to end: a SIGTERM, of this process or of any on a pod."""
+
+    def __init__(self):
+        self._asked = False
+        if jax.process_count() == 1:
+            signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_asked", True))
+
+    def asked(self, step: int) -> bool:
+        # All processes must save at one step, so there jax decides, which listens to SIGTERM itself.
+        return self._asked if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a run works with, all but its state."""
+
+    run: RunConfig
+    mesh: Mesh
+    cfg: ModelConfig
+    tokenizer: PreTrainedTokenizerBase
+    stop_ids: tuple[int, ...]
+    source: hf.TensorSource | None  # of the weights to start from; None: random ones
+    corpus: data.Corpus
+
+
+def prepare(run: RunConfig) -> Setting:
+    """Read everything and check that it fits together, before any weight is loaded."""
+    devices = jax.devices()
+    mesh = make_mesh(*mesh_sizes(run.mesh, len(devices)), devices)
+    check_batch(run.train.batch_size, run.train.accumulate, mesh)
+    if run_dir.is_run(run.train.out):
+        check_same_run(run)
+    cfg, tokenizer, stop_ids, source = start_model(run)
+    if run.data.max_tokens > cfg.max_position:
+        raise InputError(f"data.max_tokens = {run.data.max_tokens}: the model's context is {cfg.max_position}")
+    corpus = data.load_examples(run.data, tokenizer, stop_ids)
+    describe(corpus)
+    longest = data.longest_response(corpus)
+    if run.noise.kind != "none" and longest < run.noise.length + 1:
+        raise InputError(
+            f"noise.length = {run.noise.length}: the longest response has {longest} tokens; "
+            f"accepted: up to {longest - 1}"
+        )
+    return Setting(run, mesh, cfg, tokenizer, stop_ids, source, corpus)
+
+
+class Log:
+    """Where the numbers of each step go: metrics.jsonl, TensorBoard, the progress bar."""
+
+    def __init__(self, setting: Setting, parameters: int, start: int):
+        run, device = setting.run, setting.mesh.devices.flat[0]
+        self._mine = jax.process_index() == 0
+        self._tokens = run.train.batch_size * run.data.max_tokens
+        peak = train_step.peak_flops(device.device_kind, run.train.dtype)
+        self._flops = peak and 6 * parameters * self._tokens / (peak * setting.mesh.size)
+        self._metrics = self._board = None
+        if self._mine:
+            self._metrics = run_dir.MetricsLog(run.train.out)
+            self._metrics.cut_back(start)
+            if "://" not in run.train.out:
+                self._board = SummaryWriter(run.train.out, purge_step=start + 1)
+        self._bar = tqdm(total=run.train.steps, initial=start, unit="step", disable=not self._mine)
+        self._clock = time.perf_counter()
+
+    def write(self, step: int, report: dict, evaluated: dict[str, float]) -> None:
+        """A step that was taken. Waits for the device to finish it."""
+        report = jax.device_get(report)
+        seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
+        line = train_step.metrics_of(report["by_depth"])
+        line |= {name: float(report[name]) for name in ("grad_norm", "learning_rate")}
+        line |= {"tokens_per_s": self._tokens / seconds, **evaluated}
+        if self._flops:
+            line["mfu"] = self._flops / seconds
+        if self._mine:
+            self._metrics.write(step, line)
+        for name, value in line.items() if self._board else ():
+            self._board.add_scalar(name, value, step)
+        self._bar.set_postfix(loss=f"{line['loss']:.3f}", tokens_per_s=f"{line['tokens_per_s']:.0f}")
+        self._bar.update(1)
+
+    def pause(self, seconds: float) -> None:
+        """Do not count this time as training."""
+        self._clock += seconds
+
+    def flush(self) -> None:
+        if self._mine:
+            self._metrics.flush()
+
+    def close(self) -> None:
+        self._bar.close()
+        if self._mine:
+            self._metrics.close()
+        if self._board:
+            self._board.close()
+
+
+def train(setting: Setting) -> tuple[train_step.TrainState, Params | None]:
+    """Train to the last step, from wherever the run directory stands. Returns (state, frozen weights of LoRA)."""
+    run, cfg, mesh = setting.run, setting.cfg, setting.mesh
+    rows, out = run.train.batch_size, run.train.out
+    batches = data.batches(setting.corpus, run.data, rows, run.train.seed, (jax.process_index(), jax.process_count()))
+    held_out = []
+    if run.train.eval_every:
+        held_out = data.held_out_batches(setting.corpus, run.data, rows, run.train.eval_batches)
+    shapes = train_step.state_shapes(cfg, run, mesh)
+    batch_shapes = train_step.batch_shapes(rows, run.data.max_tokens, mesh)
+    if jax.process_index() == 0 and not run_dir.is_run(out):
+        text = yaml.safe_dump(dataclasses.asdict(run), sort_keys=False)
+        run_dir.write_run_files(out, text, export.hf_config(cfg, setting.stop_ids), setting.tokenizer)
+    checkpoints = run_dir.Checkpoints(out, keep=run.train.keep)
+
+    load = partial(hf.load_params, cfg, setting.source, mesh=mesh, stacked=True)
+    frozen = load(dtype=jnp.dtype(run.train.dtype)) if run.lora.rank else None
+    restored = checkpoints.restore(shapes)
+    if restored:
+        state, data_state, start = restored
+        batches.set_state(data_state)
+        say(f"resumed from step {start} of {out}")
+    else:
+        state = train_step.init_state(cfg, run, mesh, load() if setting.source and not run.lora.rank else None)
+        start = 0
+    parameters = sum(p.size for p in jax.tree.leaves(frozen if run.lora.rank else state.params))
+    trained = sum(p.size for p in jax.tree.leaves(state.params))
+    layout = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
+    say(f"{parameters:,} parameters, {trained:,} trained; mesh {layout} of {mesh.devices.flat[0].device_kind}")
+    began = time.perf_counter()
+    step_of = jax.jit(
+        train_step.make_train_step(cfg, run),
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda s: s.sharding, shapes), None),
+    )
+    step_of = step_of.lower(state, frozen, batch_shapes).compile()
+    evaluate = jax.jit(train_step.make_eval_step(cfg, run))
+    say(f"{rows} x {run.data.max_tokens} tokens a step, compiled in {time.perf_counter() - began:.0f} s")
+
+    stop, log, waiting = Stop(), Log(setting, parameters, start), None
+    for step in range(start + 1, run.train.steps + 1):
+        state, report = step_of(state, frozen, global_batch(next(batches), batch_shapes))
+        if waiting:
+            log.write(*waiting)  # of the step before, so that the device need not wait for the host
+        waiting, evaluated = (step, report, {}), {}
+        last = step == run.train.steps
+        if run.train.eval_every and (step % run.train.eval_every == 0 or last):
+            jax.block_until_ready(state)
+            began = time.perf_counter()
+            on_mesh = (global_batch(batch, batch_shapes) for batch in held_out)
+            scores = [evaluate(state.params, frozen, batch, np.int32(i)) for i, batch in enumerate(on_mesh)]
+            evaluated = eval_metrics(jax.device_get(scores))
+            waiting = (step, report, evaluated)
+            say(f"step {step}: held-out loss {evaluated['eval_loss']:.3f}")
+            log.pause(time.perf_counter() - began)
+        stopping = stop.asked(step)
+        if last or stopping or step % run.train.save_every == 0:
+            log.write(*waiting)
+            log.flush()  # before the checkpoint: it is complete up to this step
+            checkpoints.save(step, state, batches.get_state(), evaluated.get("eval_loss"))
+            waiting = None
+        if stopping and not last:
+            break
+    checkpoints.close()
+    log.close()
+    batches.close()
+    if start < run.train.steps and stop.asked(step) and not last:
+        say(f"stopped after step {step}; the same command goes on from there")
+        sys.exit(0)
+    return state, frozen
+
+
+def eval_metrics(scores: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+    """Of held-out batches: the loss on clean text, and accuracy by noise depth."""
+    clean, noisy = (train_step.metrics_of(sum(pair[i] for pair in scores)) for i in (0, 1))
+    depths = {f"eval_{name}": value for name, value in noisy.items() if "depth" in name}
+    return {"eval_loss": clean["loss"], "eval_top1": clean["top1_clean"]} | depths
+
+
+def finish(setting: Setting, state: train_step.TrainState, frozen: Params | None, flags) -> None:
+    """What is written when a run is complete: a LoRA run's adapter, the export, the plot."""
+    run = setting.run
+    if run.lora.rank:
+        adapter = jax.tree.map(lambda a: multihost_utils.process_allgather(a, tiled=True), state.params)
+        if jax.process_index() == 0:
+            save_adapter(f"{run.train.out}/adapter", adapter, run.lora, run.model.ckpt)
+    if jax.process_index() > 0:
+        return
+    lines = run_dir.read_metrics(run.train.out)
+    say(f"loss {lines[0]['loss']:.3f} at step {lines[0]['step']}, {lines[-1]['loss']:.3f} at step {lines[-1]['step']}")
+    if flags.plot:
+        plot_metrics(lines, f"{run.train.out}/plot.png")
+        say(f"wrote {run.train.out}/plot.png")
+    if flags.export:
+        params = merge(frozen, state.params) if run.lora.rank else state.params
+        export.export_hf(flags.export, setting.cfg, params, setting.tokenizer, setting.stop_ids)
+        say(f"wrote {flags.export}")
+    say(f"wrote {run.train.out}; decode with: python decode.py --ckpt {run.train.out} --prompt TEXT")
+
+
+def main(argv: list[str] | None = None) -> None:
+    run, flags = parse_args(argv)
+    if flags.plan:
+        from msn_jax.plan import plan_train
+
+        return plan_train(run, flags.topology or run.mesh.topology)
+    start_processes(run.mesh)
+    if flags.export:
+        if jax.process_count() > 1:
+            raise InputError("--export is for one process; train, then export where the run directory can be read")
+        export.check_export_dir(flags.export)
+    setting = prepare(run)
+    with jax.set_mesh(setting.mesh):
+        state, frozen = train(setting)
+        finish(setting, state, frozen, flags)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as e:
+        sys.exit(f"train.py: error: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)
