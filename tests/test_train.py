@@ -18,8 +18,9 @@ import pytest
 import yaml
 
 import train
-from msn_jax import InputError, generate, load
+from msn_jax import InputError, ModelConfig, generate, load, train_step
 from msn_jax.io import run as run_dir
+from msn_jax.sharding import make_mesh
 
 ROOT = Path(__file__).parent.parent
 SCRATCH = {
@@ -75,16 +76,12 @@ def lines(folder):
     return [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
-def final_params(folder):
-    """Every array of the newest checkpoint."""
-    import orbax.checkpoint.experimental.v1 as ocp
-
-    newest = max(int(p.name) for p in (Path(folder) / "checkpoints").iterdir() if p.name.isdecimal())
-    context = ocp.Context()
-    context.checkpointables.registry = ocp.handlers.local_registry()
-    with context:
-        state = ocp.load_checkpointables(Path(folder) / "checkpoints" / str(newest))["state"]
-    return newest, jax.tree.map(np.asarray, state)
+def final_state(folder):
+    """(step, state on the host) of the newest checkpoint, the optimiser's part too."""
+    run = run_dir.read_config(folder)
+    shapes = train_step.state_shapes(ModelConfig(**run.model.scratch), run, make_mesh(devices=jax.devices()[:1]))
+    state, _, step = run_dir.Checkpoints(folder, keep=run.train.keep).restore(shapes)
+    return step, jax.device_get(state)
 
 
 def start(args, **env):
@@ -113,17 +110,16 @@ def test_killed_twice_a_run_ends_bit_for_bit_as_if_it_never_was(config, tmp_path
     whole = config("whole.yaml", train=settings | {"out": str(tmp_path / "whole")})
     killed = config("killed.yaml", train=settings | {"out": str(tmp_path / "killed")})
     for at in (random.randrange(6, 14), random.randrange(20, 32)):
-        process = start(["--config", killed])
-        wait_for_step(process, tmp_path / "killed", at)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        with start(["--config", killed]) as process:
+            wait_for_step(process, tmp_path / "killed", at)
+            process.send_signal(signal.SIGKILL)
         assert process.returncode == -signal.SIGKILL
     for path in (whole, killed):
-        process = start(["--config", path])
-        output, _ = process.communicate(timeout=240)
+        with start(["--config", path]) as process:
+            output, _ = process.communicate(timeout=240)
         assert process.returncode == 0, output
     assert "resumed from step" in output
-    a, b = final_params(tmp_path / "whole"), final_params(tmp_path / "killed")
+    a, b = final_state(tmp_path / "whole"), final_state(tmp_path / "killed")
     assert a[0] == b[0] == 40
     jax.tree.map(np.testing.assert_array_equal, a[1], b[1])
     timed = lambda line: {name: value for name, value in line.items() if name != "tokens_per_s"}
@@ -133,10 +129,10 @@ def test_killed_twice_a_run_ends_bit_for_bit_as_if_it_never_was(config, tmp_path
 
 def test_sigterm_saves_and_ends_well(config, tmp_path):
     path = config(train={"steps": 5000, "save_every": 5000})
-    process = start(["--config", path])
-    wait_for_step(process, tmp_path / "run", 3)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    with start(["--config", path]) as process:
+        wait_for_step(process, tmp_path / "run", 3)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     saved = int(re.search(r"stopped after step (\d+)", output)[1])
     assert run_dir.Checkpoints(tmp_path / "run", keep=1).steps() == [saved] and len(lines(tmp_path / "run")) == saved
@@ -156,16 +152,17 @@ def test_two_processes_train_as_one(config, tmp_path):
         where = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(i)}
         processes.append(start(["--config", pair], XLA_FLAGS="", **where))
     for process in processes:
-        output, _ = process.communicate(timeout=240)
+        with process:
+            output, _ = process.communicate(timeout=240)
         assert process.returncode == 0, output
     one, both = lines(tmp_path / "alone"), lines(tmp_path / "pair")
     assert [line["step"] for line in both] == [1, 2, 3, 4]
     for x, y in zip(one, both, strict=True):
         for name in x.keys() - {"tokens_per_s"}:
             assert x[name] == pytest.approx(y[name], abs=1e-5, rel=1e-5), name
-    a, b = final_params(tmp_path / "alone"), final_params(tmp_path / "pair")
+    a, b = final_state(tmp_path / "alone"), final_state(tmp_path / "pair")
     close = lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4)
-    jax.tree.map(close, a[1]["params"], b[1]["params"])
+    jax.tree.map(close, a[1].params, b[1].params)
 
 
 EIGHT_DEVICES = """
@@ -216,7 +213,7 @@ texts = []
 for mesh in (None, make_mesh(tensor=4)):
     with jax.set_mesh(mesh or make_mesh()):
         lm = load("smollm2-135m-instruct", mesh=mesh)
-        texts.append(generate(lm, prompt, method="tr-jacobi", max_new_tokens=24)[0].tokens)
+        texts.append(generate(lm, prompt, tree="chain4", max_new_tokens=24)[0].tokens)
         if mesh:
             gate_up = lm.params.layers[0].gate_up
             assert gate_up.addressable_shards[0].data.size * 4 == gate_up.size
