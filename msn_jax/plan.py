@@ -223,7 +223,7 @@ def activation_bytes(cfg: ModelConfig, run: RunConfig, rows_ways: int, tensor: i
     heads = cfg.heads * cfg.head_dim // tensor
     one_layer = 4 * cfg.embed + 3 * heads + 3 * cfg.mlp // tensor
     kept = {"full": cfg.embed, "dots": 3 * cfg.embed + 2 * heads + 2 * cfg.mlp // tensor, "none": one_layer}
-    query = min(run.data.max_tokens, QUERY_BLOCK)
+    query = min(run.data.max_tokens, QUERY_BLOCK[1])
     scores = 3 * 4 * tokens * query * cfg.heads // tensor
     logits = 3 * 4 * tokens // run.data.max_tokens * min(run.train.head_chunk, run.data.max_tokens) * cfg.vocab_size
     layer_weights = 2 * size * sum(math.prod(s.shape) for s in jax.tree.leaves(declare(cfg).layers[0], is_leaf=is_spec))

@@ -116,31 +116,44 @@ def init_state(cfg: ModelConfig, run: RunConfig, mesh: Mesh, params: Params | No
     return TrainState(step=jax.device_put(np.int32(0), places.step), params=params, opt_state=opt_state)
 
 
-def token_scores(params: Params, cfg: ModelConfig, hidden: Array, labels: Array, chunk: int) -> tuple[Array, Array]:
-    """How well hidden rows [B, T, D] predict labels int32[B, T], without all logits at one time.
+def token_scores(
+    params: Params, cfg: ModelConfig, hidden: Array, labels: Array, counts: Array, chunk: int
+) -> tuple[Array, Array]:
+    """How well hidden rows [B, T, D] predict labels int32[B, T] where counts bool[B, T], without all logits at once.
 
-    Returns (negative log likelihood float32[B, T], rank int32[B, T]: how many tokens score above the label). Logits
-    of `chunk` tokens a row exist at a time, in the backward pass too, which computes them again.
+    Returns (negative log likelihood float32[B, T], rank int32[B, T]: how many tokens score above the label), both 0
+    where it does not count. Logits of `chunk` tokens a row exist at a time, in the backward pass too, which computes
+    them again. The positions that count come first, so that chunks without any cost nothing: most of a batch is
+    prompts.
     """
     B, T = labels.shape
     chunk = min(chunk, T)
     parts = -(-T // chunk)
+    order = jnp.argsort(~counts, axis=1, stable=True)
 
     def split(x: Array) -> Array:
+        x = jnp.take_along_axis(x, order if x.ndim == 2 else order[..., None], axis=1)
         x = jnp.pad(x, ((0, 0), (0, parts * chunk - T)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(B, parts, chunk, *x.shape[2:]), 1, 0)
 
     @jax.checkpoint
-    def score(part):
-        hidden, labels = part
+    def score(hidden, labels, counts):
         logits = constrain(unembed(params, cfg, hidden), "batch", None, "vocab")
         label = jnp.take_along_axis(logits, labels[..., None], axis=-1)
         nll = jax.nn.logsumexp(logits, axis=-1) - label[..., 0]
-        return nll, jax.lax.stop_gradient((logits > label).sum(axis=-1, dtype=jnp.int32))
+        rank = jax.lax.stop_gradient((logits > label).sum(axis=-1, dtype=jnp.int32))
+        return jnp.where(counts, nll, 0), jnp.where(counts, rank, 0)
 
-    scores = jax.lax.map(score, (split(hidden), split(labels))) if parts > 1 else score((hidden, labels))
-    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(B, parts * chunk)[:, :T]
-    return jax.tree.map(join, scores) if parts > 1 else scores
+    def nothing(hidden, labels, counts):
+        return jnp.zeros(labels.shape), jnp.zeros_like(labels)
+
+    scores = jax.lax.map(
+        lambda part: jax.lax.cond(part[2].any(), score, nothing, *part), (split(hidden), split(labels), split(counts))
+    )
+    places = jnp.argsort(order, axis=1)
+    return jax.tree.map(
+        lambda x: jnp.take_along_axis(jnp.moveaxis(x, 0, 1).reshape(B, parts * chunk), places, axis=1), scores
+    )
 
 
 def next_labels(batch: dict[str, Array]) -> tuple[Array, Array]:
@@ -171,7 +184,7 @@ def loss_sums(
         params, cfg, inputs, batch["positions"], segments=batch["segment_ids"], adapter=adapter, remat=remat
     )
     labels, counts = next_labels(batch)
-    nll, rank = token_scores(params, cfg, hidden, labels, head_chunk)
+    nll, rank = token_scores(params, cfg, hidden, labels, counts, head_chunk)
     columns = jnp.stack([jnp.ones_like(nll), nll, (rank < 1).astype(nll.dtype), (rank < 10).astype(nll.dtype)], axis=-1)
     by_depth = jax.nn.one_hot(depth, noise_length + 1, dtype=nll.dtype) * counts[..., None].astype(nll.dtype)
     sums = jnp.einsum("btd,btc->dc", by_depth, columns, precision=jax.lax.Precision.HIGHEST)

@@ -140,14 +140,16 @@ def test_scores_are_those_of_a_sort(tiny):
     cfg, params = tiny
     hidden = jax.random.normal(jax.random.key(0), (2, 10, cfg.embed))
     labels = jax.random.randint(jax.random.key(1), (2, 10), 0, cfg.vocab_size)
-    nll, rank = train_step.token_scores(params, cfg, hidden, labels, chunk=4)
+    counts = jax.random.bernoulli(jax.random.key(2), 0.4, (2, 10))
+    nll, rank = train_step.token_scores(params, cfg, hidden, labels, counts, chunk=3)
+    assert 0 < counts.sum() < 18  # the last chunk of 3 is left out
     logits = np.asarray(hidden, np.float64) @ np.asarray(params.embed, np.float64).T
     order = np.argsort(-logits, axis=-1)
     expected = [[list(order[b, t]).index(int(labels[b, t])) for t in range(10)] for b in range(2)]
-    assert rank.tolist() == expected
+    assert (rank == np.where(counts, expected, 0)).all()
     p = np.exp(logits - logits.max(-1, keepdims=True))
     p = np.take_along_axis(p / p.sum(-1, keepdims=True), np.asarray(labels)[..., None], -1)[..., 0]
-    np.testing.assert_allclose(nll, -np.log(p), atol=1e-5)
+    np.testing.assert_allclose(nll, np.where(counts, -np.log(p), 0), atol=1e-5)
 
 
 def one_step(cfg, run, params, batch, frozen=None):
@@ -260,7 +262,7 @@ def test_long_rows_attend_in_blocks(tiny, batch, monkeypatch):
     cfg, params = tiny
     see = lambda: forward(params, cfg, batch["tokens"], batch["positions"], segments=batch["segment_ids"])[0]
     whole = see()
-    monkeypatch.setattr("msn_jax.model.QUERY_BLOCK", 7)
+    monkeypatch.setattr("msn_jax.model.QUERY_BLOCK", (7, 7))
     np.testing.assert_allclose(see(), whole, atol=1e-5)
 
 
