@@ -20,6 +20,7 @@ if "--plan" in sys.argv:
     # The TPU compiler needs no TPU, but must not look for one.
     os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")
 
+import jax
 from tqdm import tqdm
 
 from msn_jax import DecodeConfig, InputError, load
@@ -28,6 +29,7 @@ from msn_jax.decode.tree import METHODS, TREE_SETS, tree_set
 from msn_jax.io.checkpoint import ACCEPTED
 from msn_jax.io.tokenizer import TextStream, require_template
 from msn_jax.report import Run, write_html
+from msn_jax.sharding import make_mesh
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -41,6 +43,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         allow_abbrev=False,  # "--plan" is looked for above, before anything is parsed
     )
     p.add_argument("--ckpt", help=f"checkpoint: {ACCEPTED}")
+    p.add_argument("--adapter", help="directory of a LoRA adapter, merged into the weights")
+    p.add_argument("--tensor", type=int, default=1, help="devices to spread the model over")
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="one prompt; the chat template is applied")
     what.add_argument("--prompts", help="JSONL file; rows have `prompt` (raw), `messages` or `turns` (the first)")
@@ -150,7 +154,18 @@ def check_flags(args: argparse.Namespace, given: list[str]) -> None:
                 raise InputError(f"{flag} does nothing with {what}")
 
     if args.plan:
-        refuse("--plan", "--method", "--dtype", "--batch_size", "--out", "--html", "--compare", "--max_new_tokens")
+        refuse(
+            "--plan",
+            "--adapter",
+            "--tensor",
+            "--method",
+            "--dtype",
+            "--batch_size",
+            "--out",
+            "--html",
+            "--compare",
+            "--max_new_tokens",
+        )
     elif args.ckpt is None:
         raise InputError(f"--ckpt is missing; accepted: {ACCEPTED}")
     else:
@@ -289,7 +304,7 @@ def main(argv: list[str] | None = None) -> None:
         return plan_decode(args.ckpt, args.topology, args.tree)
     fields = {field.name for field in dataclasses.fields(DecodeConfig)}
     config = DecodeConfig(**{name: value for name, value in vars(args).items() if name in fields})
-    plain_config = dataclasses.replace(config, method="ar", tree=None)
+    rows = None
     tree_set(config.method, config.tree)  # an impossible pair is refused before the weights are read
     check_writable(args)
     if args.prompts is not None:
@@ -297,9 +312,19 @@ def main(argv: list[str] | None = None) -> None:
     elif args.prompt is not None:
         rows = [(0, args.prompt if args.chat_template == "no" else as_chat(args.prompt))]
 
-    lm = load(args.ckpt, dtype=args.dtype)
+    if not 1 <= args.tensor <= jax.device_count():
+        raise InputError(f"--tensor {args.tensor}: accepted: 1 to {jax.device_count()}, the devices that there are")
+    mesh = make_mesh(tensor=args.tensor)
+    with jax.set_mesh(mesh):
+        lm = load(args.ckpt, args.adapter, args.dtype, mesh if args.tensor > 1 else None)
+        decode(lm, args, config, rows)
+
+
+def decode(lm, args: argparse.Namespace, config: DecodeConfig, rows: list | None) -> None:
+    """Generate as the flags say, and write down what came of it."""
     if args.chat:
         return chat(lm, config)
+    plain_config = dataclasses.replace(config, method="ar", tree=None)
     plain = decode_file(lm, rows, plain_config, None) if args.compare else None
     streamed = args.prompt is not None and not args.compare and not args.out
     if streamed:

@@ -325,6 +325,8 @@ def main(argv: list[str] | None = None) -> None:
         from msn_jax.plan import plan_train
 
         return plan_train(run, flags.topology or run.mesh.topology)
+    if flags.plot and "://" in run.train.out:
+        raise InputError("--plot writes beside metrics.jsonl; accepted with it: a local train.out")
     start_processes(run.mesh)
     if flags.export:
         if jax.process_count() > 1:

@@ -5,6 +5,7 @@ from msn_jax.decode.generate import Result, generate
 from msn_jax.io.checkpoint import LM, load
 from msn_jax.model import KVCache, Params, forward, init, unembed
 from msn_jax.noise import add_noise
+from msn_jax.train_step import make_train_step
 
 __all__ = [
     "LM",
@@ -20,5 +21,6 @@ __all__ = [
     "generate",
     "init",
     "load",
+    "make_train_step",
     "unembed",
 ]

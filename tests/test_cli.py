@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def run(smollm2, monkeypatch, capsys):
     """Call decode.py; returns what it printed."""
-    monkeypatch.setattr(decode, "load", lambda ckpt, dtype: smollm2)
+    monkeypatch.setattr(decode, "load", lambda ckpt, adapter, dtype, mesh: smollm2)
 
     def call(*args):
         decode.main(["--ckpt", "smollm2-135m-instruct", *map(str, args)])

@@ -84,11 +84,12 @@ def _load_run(folder: str, dtype, mesh: Mesh | None) -> LM:
         base = load(config.model.ckpt, dtype=dtype, mesh=mesh)
         adapter, _ = run.restore_params(folder, _float32(lora.declare_adapter(base.cfg, config.lora)))
         return dataclasses.replace(_merged(base, adapter), name=folder)
-    cfg = hf.read_config(Path(folder))
-    tok, stops = tokenizer.from_folder(Path(folder))
+    files = run.local_files(folder)
+    cfg = hf.read_config(files)
+    tok, stops = tokenizer.from_folder(files)
     stacked, _ = run.restore_params(folder, _float32(declare(cfg, stacked=True)))
     params = hf.place_params(cfg, unstack_layers(stacked), dtype, mesh)
-    return LM(folder, cfg, params, tok, tuple(sorted(stops | hf.stop_ids(Path(folder)))))
+    return LM(folder, cfg, params, tok, tuple(sorted(stops | hf.stop_ids(files))))
 
 
 def _merged(lm: LM, adapter: Layer) -> LM:

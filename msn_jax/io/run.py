@@ -404,3 +404,15 @@ def read_config(directory: str | os.PathLike) -> RunConfig:
 def read_metrics(directory: str | os.PathLike) -> list[dict[str, Any]]:
     """The objects of metrics.jsonl, one a step."""
     return [json.loads(line) for line in (epath.Path(directory) / "metrics.jsonl").read_text().splitlines()]
+
+
+def local_files(directory: str | os.PathLike) -> Path:
+    """A local directory with a run's config and tokenizer files: itself, or a temporary copy from an object store."""
+    folder = epath.Path(directory)
+    if not _remote(folder):
+        return Path(directory)
+    copy = Path(tempfile.mkdtemp())
+    for path in folder.iterdir():
+        if path.suffix in (".json", ".yaml", ".jinja"):
+            (copy / path.name).write_bytes(path.read_bytes())
+    return copy
