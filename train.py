@@ -30,12 +30,12 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from msn_jax import data, train_step
-from msn_jax.config import SECTIONS, InputError, ModelConfig, RunConfig, first_line
+from msn_jax.config import SECTIONS, SHAPES, InputError, ModelConfig, RunConfig, first_line
 from msn_jax.io import export, hf
 from msn_jax.io import run as run_dir
 from msn_jax.io.checkpoint import open_checkpoint
 from msn_jax.lora import merge, save_adapter
-from msn_jax.model import Params
+from msn_jax.model import Params, declare
 from msn_jax.report import plot_metrics
 from msn_jax.sharding import check_batch, make_mesh, mesh_sizes, start_processes
 
@@ -73,6 +73,8 @@ def start_model(run: RunConfig) -> tuple[ModelConfig, object, tuple[int, ...], o
     """(model config, tokenizer, stop ids, source of the weights or None for random ones)."""
     if run.model.ckpt is not None:
         opened = open_checkpoint(run.model.ckpt)
+        if run.model.shape and declare(SHAPES[run.model.shape]) != declare(opened.cfg):
+            raise InputError(f"model.ckpt {run.model.ckpt} does not have the shape {run.model.shape} of model.shape")
         return opened.cfg, opened.tokenizer, opened.stop_ids, opened.source
     if run.lora.rank:
         raise InputError("lora.rank: adapters need weights to work on; accepted: model.ckpt in place of model.scratch")

@@ -213,7 +213,7 @@ def plot_metrics(lines: list[dict], path: str | os.PathLike) -> None:
         points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
         return [step for step, _ in points], [value for _, value in points]
 
-    window = max(1, len(lines) // 50)
+    window = max(1, len(lines) // 20)
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, label in (("loss_clean", "clean positions"), ("loss_noisy", "noise positions")):

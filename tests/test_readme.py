@@ -8,9 +8,10 @@ def test_snippets_run(smollm2, monkeypatch, capsys):
     monkeypatch.setattr("msn_jax.load", lambda ckpt: smollm2)
     text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(snippets) == 2
+    assert len(snippets) == 3
     names = {}
     for snippet in snippets:
         exec(snippet, names)
     assert "blue" in capsys.readouterr().out
+    assert names["over_keys"].shape == (2,)
     assert names["gradients"].embed.shape == smollm2.params.embed.shape

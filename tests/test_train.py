@@ -294,6 +294,12 @@ def test_adapters_of_a_run_are_saved_small_and_merge(config, tmp_path):
         ({"model": {"scratch": SCRATCH | {"vocab_size": 100}}}, [], "vocab_size = 100"),
         ({"model": {"ckpt": "nowhere/at/all", "scratch": None}}, [], "nowhere/at/all"),
         ({"model": {"ckpt": "x"}}, [], "one of model.ckpt and model.scratch"),
+        (
+            {"model": {"ckpt": "smollm2-135m-instruct", "scratch": None, "shape": "1b"}},
+            [],
+            "the shape 1b of model.shape",
+        ),
+        ({}, ["--train.out", "gs://bucket/run", "--plot"], "--plot"),
         ({"lora": {"rank": 4}}, [], "adapters need weights"),
         ({"lora": {"targets": ["q_proj"]}}, [], "lora.targets"),
         ({"train": {"eval_every": 2}}, [], "data.held_out = 0"),
