@@ -30,13 +30,14 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from msn_jax import data, train_step
-from msn_jax.config import SECTIONS, SHAPES, InputError, ModelConfig, RunConfig, first_line
+from msn_jax.config import SECTIONS, SHAPES, InputError, ModelConfig, RunConfig
 from msn_jax.io import export, hf
 from msn_jax.io import run as run_dir
 from msn_jax.io.checkpoint import open_checkpoint
+from msn_jax.io.tokenizer import from_folder
 from msn_jax.lora import merge, save_adapter
-from msn_jax.model import Params, declare
-from msn_jax.report import plot_metrics
+from msn_jax.model import declare
+from msn_jax.report import check_plot, plot_metrics
 from msn_jax.sharding import check_batch, make_mesh, mesh_sizes, start_processes
 
 # A run may be taken up again with other values of these; all others decide what it computes.
@@ -72,20 +73,18 @@ def say(text: str) -> None:
 def start_model(run: RunConfig) -> tuple[ModelConfig, object, tuple[int, ...], object]:
     """(model config, tokenizer, stop ids, source of the weights or None for random ones)."""
     if run.model.ckpt is not None:
+        if run_dir.is_run(run.model.ckpt):
+            raise InputError(f"model.ckpt {run.model.ckpt} is a run directory; accepted: what its --export wrote")
         opened = open_checkpoint(run.model.ckpt)
         if run.model.shape and declare(SHAPES[run.model.shape]) != declare(opened.cfg):
             raise InputError(f"model.ckpt {run.model.ckpt} does not have the shape {run.model.shape} of model.shape")
         return opened.cfg, opened.tokenizer, opened.stop_ids, opened.source
     if run.lora.rank:
         raise InputError("lora.rank: adapters need weights to work on; accepted: model.ckpt in place of model.scratch")
-    fields = {field.name for field in dataclasses.fields(ModelConfig)}
-    unknown = sorted(run.model.scratch.keys() - fields)
-    if unknown:
-        raise InputError(f"model.scratch: {unknown[0]} is no field of it; accepted: {', '.join(sorted(fields))}")
-    try:
-        cfg = ModelConfig(**run.model.scratch)
-    except TypeError as e:
-        raise InputError(f"model.scratch: {first_line(e).split('__init__() ')[-1]}") from None
+    cfg = ModelConfig.from_fields("model.scratch", run.model.scratch)
+    if run_dir.is_run(run.train.out):
+        tokenizer, stop_ids = from_folder(run_dir.local_files(run.train.out))
+        return cfg, tokenizer, tuple(sorted(stop_ids)), None
     rows = itertools.chain.from_iterable(map(data.read_rows, run.data.sources))
     tokenizer = data.train_tokenizer(rows, cfg.vocab_size)
     return cfg, tokenizer, (tokenizer.eos_token_id,), None
@@ -101,7 +100,7 @@ def describe(corpus: data.Corpus) -> None:
 
 
 def global_batch(batch: dict[str, np.ndarray], shapes: dict) -> dict[str, jax.Array]:
-    """This process's rows, or all of them, as the batch over all devices."""
+    """A whole batch, which every process has, over all devices: each process puts down what its devices hold."""
     return {
         name: jax.make_array_from_process_local_data(shape.sharding, batch[name], shape.shape)
         for name, shape in shapes.items()
@@ -174,12 +173,13 @@ def prepare(run: RunConfig) -> Setting:
 class Log:
     """Where the numbers of each step go: metrics.jsonl, TensorBoard, the progress bar."""
 
-    def __init__(self, setting: Setting, parameters: int, start: int):
+    def __init__(self, setting: Setting, flops: int, start: int):
+        """flops: of one step, in products with weights."""
         run, device = setting.run, setting.mesh.devices.flat[0]
         self._mine = jax.process_index() == 0
         self._tokens = run.train.batch_size * run.data.max_tokens
         peak = train_step.peak_flops(device.device_kind, run.train.dtype)
-        self._flops = peak and 6 * parameters * self._tokens / (peak * setting.mesh.size)
+        self._mfu_s = peak and flops / (peak * setting.mesh.size)
         self._metrics = self._board = None
         if self._mine:
             self._metrics = run_dir.MetricsLog(run.train.out)
@@ -196,8 +196,8 @@ class Log:
         line = train_step.metrics_of(report["by_depth"])
         line |= {name: float(report[name]) for name in ("grad_norm", "learning_rate")}
         line |= {"tokens_per_s": self._tokens / seconds, **evaluated}
-        if self._flops:
-            line["mfu"] = self._flops / seconds
+        if self._mfu_s:
+            line["mfu"] = self._mfu_s / seconds
         if self._mine:
             self._metrics.write(step, line)
         for name, value in line.items() if self._board else ():
@@ -221,11 +221,11 @@ class Log:
             self._board.close()
 
 
-def train(setting: Setting) -> tuple[train_step.TrainState, Params | None]:
-    """Train to the last step, from wherever the run directory stands. Returns (state, frozen weights of LoRA)."""
+def train(setting: Setting) -> train_step.TrainState:
+    """Train to the last step, from wherever the run directory stands."""
     run, cfg, mesh = setting.run, setting.cfg, setting.mesh
     rows, out = run.train.batch_size, run.train.out
-    batches = data.batches(setting.corpus, run.data, rows, run.train.seed, (jax.process_index(), jax.process_count()))
+    batches = data.batches(setting.corpus, run.data, rows, run.train.seed)
     held_out = []
     if run.train.eval_every:
         held_out = data.held_out_batches(setting.corpus, run.data, rows, run.train.eval_batches)
@@ -241,13 +241,17 @@ def train(setting: Setting) -> tuple[train_step.TrainState, Params | None]:
     restored = checkpoints.restore(shapes)
     if restored:
         state, data_state, start = restored
-        batches.set_state(data_state)
+        if data_state["corpus"] != setting.corpus.digest:
+            raise InputError(f"{out}: the data is not what the run was begun with; accepted: the same rows")
+        batches.set_state(data_state["batches"])
         say(f"resumed from step {start} of {out}")
+        if start == run.train.steps:
+            return state
     else:
         state = train_step.init_state(cfg, run, mesh, load() if setting.source and not run.lora.rank else None)
         start = 0
-    parameters = sum(p.size for p in jax.tree.leaves(frozen if run.lora.rank else state.params))
     trained = sum(p.size for p in jax.tree.leaves(state.params))
+    parameters = sum(p.size for p in jax.tree.leaves(frozen)) if run.lora.rank else trained
     layout = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
     say(f"{parameters:,} parameters, {trained:,} trained; mesh {layout} of {mesh.devices.flat[0].device_kind}")
     began = time.perf_counter()
@@ -260,7 +264,8 @@ def train(setting: Setting) -> tuple[train_step.TrainState, Params | None]:
     evaluate = jax.jit(train_step.make_eval_step(cfg, run))
     say(f"{rows} x {run.data.max_tokens} tokens a step, compiled in {time.perf_counter() - began:.0f} s")
 
-    stop, log, waiting = Stop(), Log(setting, parameters, start), None
+    flops = (6 * trained if frozen is None else 4 * parameters + 6 * trained) * rows * run.data.max_tokens
+    stop, log, waiting = Stop(), Log(setting, flops, start), None
     for step in range(start + 1, run.train.steps + 1):
         state, report = step_of(state, frozen, global_batch(next(batches), batch_shapes))
         if waiting:
@@ -280,7 +285,8 @@ def train(setting: Setting) -> tuple[train_step.TrainState, Params | None]:
         if last or stopping or step % run.train.save_every == 0:
             log.write(*waiting)
             log.flush()  # before the checkpoint: it is complete up to this step
-            checkpoints.save(step, state, batches.get_state(), evaluated.get("eval_loss"))
+            data_state = {"batches": batches.get_state(), "corpus": setting.corpus.digest}
+            checkpoints.save(step, state, data_state, evaluated.get("eval_loss"))
             waiting = None
         if stopping and not last:
             break
@@ -290,7 +296,7 @@ def train(setting: Setting) -> tuple[train_step.TrainState, Params | None]:
     if start < run.train.steps and stop.asked(step) and not last:
         say(f"stopped after step {step}; the same command goes on from there")
         sys.exit(0)
-    return state, frozen
+    return state
 
 
 def eval_metrics(scores: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
@@ -300,7 +306,7 @@ def eval_metrics(scores: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float
     return {"eval_loss": clean["loss"], "eval_top1": clean["top1_clean"]} | depths
 
 
-def finish(setting: Setting, state: train_step.TrainState, frozen: Params | None, flags) -> None:
+def finish(setting: Setting, state: train_step.TrainState, flags) -> None:
     """What is written when a run is complete: a LoRA run's adapter, the export, the plot."""
     run = setting.run
     if run.lora.rank:
@@ -311,13 +317,15 @@ def finish(setting: Setting, state: train_step.TrainState, frozen: Params | None
         return
     lines = run_dir.read_metrics(run.train.out)
     say(f"loss {lines[0]['loss']:.3f} at step {lines[0]['step']}, {lines[-1]['loss']:.3f} at step {lines[-1]['step']}")
+    if flags.export:
+        params = state.params
+        if run.lora.rank:  # into the weights as they were stored, not as they were computed with
+            params = merge(hf.load_params(setting.cfg, setting.source, stacked=True), jax.device_get(state.params))
+        export.export_hf(flags.export, setting.cfg, params, setting.tokenizer, setting.stop_ids)
+        say(f"wrote {flags.export}")
     if flags.plot:
         plot_metrics(lines, f"{run.train.out}/plot.png")
         say(f"wrote {run.train.out}/plot.png")
-    if flags.export:
-        params = merge(frozen, state.params) if run.lora.rank else state.params
-        export.export_hf(flags.export, setting.cfg, params, setting.tokenizer, setting.stop_ids)
-        say(f"wrote {flags.export}")
     say(f"wrote {run.train.out}; decode with: python decode.py --ckpt {run.train.out} --prompt TEXT")
 
 
@@ -327,8 +335,8 @@ def main(argv: list[str] | None = None) -> None:
         from msn_jax.plan import plan_train
 
         return plan_train(run, flags.topology or run.mesh.topology)
-    if flags.plot and "://" in run.train.out:
-        raise InputError("--plot writes beside metrics.jsonl; accepted with it: a local train.out")
+    if flags.plot:
+        check_plot(f"{run.train.out}/plot.png")
     start_processes(run.mesh)
     if flags.export:
         if jax.process_count() > 1:
@@ -336,8 +344,7 @@ def main(argv: list[str] | None = None) -> None:
         export.check_export_dir(flags.export)
     setting = prepare(run)
     with jax.set_mesh(setting.mesh):
-        state, frozen = train(setting)
-        finish(setting, state, frozen, flags)
+        finish(setting, train(setting), flags)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,9 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     original_max_position: int = 8192
 
+    def __post_init__(self):
+        _check(self, "rope_scaling.", kind=(self.kind in ("linear", "llama3"), "linear, llama3"))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -69,6 +72,22 @@ class ModelConfig:
     def group(self) -> int:
         """Query heads that share one kv head (G)."""
         return self.heads // self.kv_heads
+
+    @classmethod
+    def from_fields(cls, where: str, fields: dict[str, Any]) -> ModelConfig:
+        """From the fields of this class, rope_scaling as a dict. Raises InputError naming `where` and the field."""
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        for name in sorted(fields.keys() - known):
+            raise InputError(f"{where}: {name} is no field of it; accepted: {', '.join(sorted(known))}")
+        for name, field in known.items():
+            if field.default is dataclasses.MISSING and name not in fields:
+                raise InputError(f"{where}: the field {name} is missing")
+        if (scaling := fields.get("rope_scaling")) is not None:
+            try:
+                fields = fields | {"rope_scaling": RopeScaling(**scaling)}
+            except TypeError:
+                raise InputError(f"{where}: rope_scaling = {scaling}; accepted: kind, factor, ...") from None
+        return cls(**fields)
 
     @classmethod
     def from_gguf(cls, meta: dict[str, Any], vocab_size: int, tie_embeddings: bool) -> ModelConfig:

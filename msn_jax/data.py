@@ -387,6 +387,12 @@ class Corpus:
         return sum(len(examples.tokens) for examples in self.train.values())
 
     @property
+    def digest(self) -> str:
+        """A name for the train examples, so that a run is not resumed on others."""
+        parts = (examples.tokens.tobytes() for examples in self.train.values())
+        return hashlib.sha256(b"".join(parts)).hexdigest()
+
+    @property
     def response_tokens(self) -> int:
         return sum(int(examples.response.sum()) for examples in self.train.values())
 

@@ -329,7 +329,8 @@ def forward(
     """
     angles = positions.astype(jnp.float32)[..., None] * rope_frequencies(cfg)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    x = constrain(params.embed[tokens], "batch", None, None)
+    # The table whole along D, or a lookup over a mesh makes every device hold the rows of the whole batch.
+    x = constrain(constrain(params.embed, "vocab", None)[tokens], "batch", None, None)
     if mask is None and cache is None:
         attend = partial(causal_attention, segments=segments)
     else:

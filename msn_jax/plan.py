@@ -7,6 +7,7 @@ chip, and fails where the program does not fit.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import re
@@ -40,13 +41,19 @@ def topology_devices(name: str):
     """
     from jax.experimental import topologies
 
-    if not re.fullmatch(r"v\d\w*:\d+x\d+(x\d+)?", name) or name.split(":")[0] not in CHIP_BYTES:
-        raise InputError(f"--topology {name}: accepted: {', '.join(CHIP_BYTES)} and a shape, such as v5e:2x4")
+    topology_shape(name)
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except Exception as e:  # the plugin's errors have no common class
         hint = "pip install 'msn-jax[tpu]'" if "libtpu" in str(e) or "tpu" in str(e).lower() else ""
         raise InputError(f"--topology {name}: cannot compile for it ({first_line(e)}) {hint}".rstrip()) from None
+
+
+def topology_shape(name: str) -> tuple[int, ...]:
+    """Chips of a slice along each side: v5e:2x4 -> (2, 4). Raises InputError for a name that is none."""
+    if not re.fullmatch(r"v\d\w*:\d+x\d+(x\d+)?", name) or name.split(":")[0] not in CHIP_BYTES:
+        raise InputError(f"--topology {name}: accepted: {', '.join(CHIP_BYTES)} and a shape, such as v5e:2x4")
+    return tuple(int(n) for n in name.split(":")[1].split("x"))
 
 
 def shaped(specs, mesh, dtype):
@@ -157,23 +164,34 @@ def plan_train(run: RunConfig, topology: str | None) -> None:
     if run.model.shape:
         cfg = SHAPES[run.model.shape]
     else:
-        cfg = ModelConfig(**run.model.scratch) if run.model.scratch else read_config(run.model.ckpt)
-    axes = (run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+        cfg = (
+            ModelConfig.from_fields("model.scratch", run.model.scratch)
+            if run.model.scratch
+            else read_config(run.model.ckpt)
+        )
+    if topology and importlib.util.find_spec("libtpu") is None:
+        topology_shape(topology)
+        print(f"{topology}: not compiled for it, libtpu is not installed (pip install 'msn-jax[tpu]')")
+        count, topology = math.prod(topology_shape(topology)), None
+    else:
+        # -1, "the rest", is one device where none are there.
+        count = abs(run.mesh.data * run.mesh.fsdp * run.mesh.tensor)
     if topology:
         devices, chip = topology_devices(topology), topology.split(":")[0]
         sizes = mesh_sizes(run.mesh, len(devices))
         mesh = make_mesh(*sizes, devices)
     else:
-        sizes = tuple(abs(n) for n in axes)  # -1, "the rest", is one device where none are there
+        sizes = mesh_sizes(run.mesh, count)
         mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     check_batch(run.train.batch_size, run.train.accumulate, mesh)
     state = train_step.state_shapes(cfg, run, mesh)
     batch = train_step.batch_shapes(run.train.batch_size, run.data.max_tokens, mesh)
     frozen = shaped(declare(cfg, stacked=True), mesh, jnp.dtype(run.train.dtype)) if run.lora.rank else None
-    count = sum(math.prod(s.shape) for s in jax.tree.leaves(declare(cfg), is_leaf=is_spec))
+    parameters = sum(math.prod(s.shape) for s in jax.tree.leaves(declare(cfg), is_leaf=is_spec))
     trained = sum(math.prod(p.shape) for p in jax.tree.leaves(state.params))
     tokens = run.train.batch_size * run.data.max_tokens
-    print(f"{name}: {count:,} parameters, {trained:,} trained, {run.train.dtype} computation, remat {run.train.remat}")
+    print(f"{name}: {parameters:,} parameters, {trained:,} trained")
+    print(f"{run.train.dtype} computation, remat {run.train.remat}")
     print(f"mesh: data {sizes[0]} x fsdp {sizes[1]} x tensor {sizes[2]} = {math.prod(sizes)} devices")
     print(
         f"batch: {run.train.batch_size} x {run.data.max_tokens} = {tokens:,} tokens a step, in {run.train.accumulate}"
@@ -181,7 +199,7 @@ def plan_train(run: RunConfig, topology: str | None) -> None:
     held = sum(
         math.prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize for s in jax.tree.leaves((state, frozen, batch))
     )
-    row = {"model": name, "parameters": count, "trained": trained, "mesh": sizes, "tokens_per_step": tokens}
+    row = {"model": name, "parameters": parameters, "trained": trained, "mesh": sizes, "tokens_per_step": tokens}
     if topology:
         step = jax.jit(train_step.make_train_step(cfg, run), donate_argnums=0)
         start = time.perf_counter()

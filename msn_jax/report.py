@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from dataclasses import dataclass
@@ -199,15 +200,20 @@ $runs
 """)
 
 
+def check_plot(path: str) -> None:
+    """Raises InputError, before any work, where `plot_metrics` could not write to `path`."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("--plot needs matplotlib; pip install 'msn-jax[plots]'")
+    if "://" in path:
+        raise InputError(f"--plot cannot write {path}; accepted with it: a local train.out")
+
+
 def plot_metrics(lines: list[dict], path: str | os.PathLike) -> None:
     """Write a PNG of a run's metrics.jsonl: loss, and top-1 accuracy by noise depth, over the steps.
 
-    lines: objects with `step` and what train.py writes. Raises InputError without matplotlib (the `plots` extra).
+    lines: objects with `step` and what train.py writes. Needs the `plots` extra, see `check_plot`.
     """
-    try:
-        from matplotlib.figure import Figure  # not pyplot: no display is needed, and no global state is left
-    except ImportError:
-        raise InputError("--plot needs matplotlib; pip install 'msn-jax[plots]'") from None
+    from matplotlib.figure import Figure  # not pyplot: no display is needed, and no global state is left
 
     def series(name: str) -> tuple[list[int], list[float]]:
         points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from msn_jax.config import InputError, MeshConfig
+from msn_jax.config import InputError, MeshConfig, first_line
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -64,7 +64,13 @@ def start_processes(config: MeshConfig) -> None:
     if not (config.distributed or on_pod or "JAX_COORDINATOR_ADDRESS" in os.environ):
         return  # jax.distributed would raise on a lone machine
     number = lambda name: int(os.environ[name]) if name in os.environ else None
-    jax.distributed.initialize(num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID"))
+    try:
+        jax.distributed.initialize(num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID"))
+    except (ValueError, RuntimeError) as e:
+        raise InputError(
+            f"mesh.distributed: the other processes cannot be joined ({first_line(e)}); on one machine give "
+            "--mesh.distributed false"
+        ) from None
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:

@@ -33,6 +33,7 @@ PEAK_FLOPS = {
     "TPU v6 lite": 918e12,
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H200": 989e12,
 }
 
@@ -47,20 +48,21 @@ class TrainState:
 
 
 def learning_rate(train: TrainConfig) -> optax.Schedule:
-    """Linear warm-up, then a cosine down to the final share."""
-    return optax.warmup_cosine_decay_schedule(
+    """By steps taken before: a linear warm-up that starts above 0, then a cosine down to the final share."""
+    schedule = optax.warmup_cosine_decay_schedule(
         0.0 if train.warmup_steps else train.learning_rate,
         train.learning_rate,
         train.warmup_steps,
         train.steps,
         train.learning_rate * train.final_learning_rate,
     )
+    return lambda step: schedule(step + 1)
 
 
 def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
-    """AdamW behind a clip of the global norm; weight decay for matrices alone."""
-    is_matrix = lambda params: jax.tree.map(lambda p: p.ndim > 2, params)  # norms are [D] or [L, D]
-    decay = partial(optax.adamw, weight_decay=train.weight_decay, mask=is_matrix)
+    """AdamW behind a clip of the global norm; weight decay for the linear maps alone."""
+    is_linear = lambda params: jax.tree.map(lambda p: p.ndim > 2, params)  # norms are [L, D], the tables [V, D]
+    decay = partial(optax.adamw, weight_decay=train.weight_decay, mask=is_linear)
     return optax.chain(optax.clip_by_global_norm(train.clip_norm), decay(learning_rate(train), b1=0.9, b2=train.beta2))
 
 
@@ -283,7 +285,8 @@ def cast(params: Params, dtype) -> Params:
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
     """FLOP/s of one device in its matrix units, None where it is not known for this dtype."""
-    names = [name for name in PEAK_FLOPS if f"{device_kind} ".startswith(f"{name} ")]
+    kind = device_kind.replace("-", " ") + " "
+    names = [name for name in PEAK_FLOPS if kind.startswith(f"{name} ")]
     return PEAK_FLOPS[max(names, key=len)] if names and dtype == "bfloat16" else None
 
 

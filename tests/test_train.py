@@ -16,11 +16,13 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from jax.sharding import AbstractMesh, AxisType
 
 import train
 from msn_jax import InputError, ModelConfig, generate, load, train_step
+from msn_jax.config import MeshConfig
 from msn_jax.io import run as run_dir
-from msn_jax.sharding import make_mesh
+from msn_jax.sharding import MESH_AXES, check_batch, make_mesh, mesh_sizes
 
 ROOT = Path(__file__).parent.parent
 SCRATCH = {
@@ -290,7 +292,8 @@ def test_adapters_of_a_run_are_saved_small_and_merge(config, tmp_path):
         ({}, ["--mesh.fsdp", "3"], "mesh of data 1, fsdp 3, tensor 1: does not lay out 1 devices"),
         ({}, ["--data.max_tokens", "256"], "the model's context is 128"),
         ({"model": {"scratch": SCRATCH | {"depth": 3}}}, [], "depth is no field"),
-        ({"model": {"scratch": {"embed": 3}}}, [], "model.scratch"),
+        ({"model": {"scratch": {"embed": 3}}}, [], "model.scratch: the field vocab_size is missing"),
+        ({"model": {"scratch": SCRATCH | {"rope_scaling": {"kind": "x", "factor": 2.0}}}}, [], "rope_scaling.kind = x"),
         ({"model": {"scratch": SCRATCH | {"vocab_size": 100}}}, [], "vocab_size = 100"),
         ({"model": {"ckpt": "nowhere/at/all", "scratch": None}}, [], "nowhere/at/all"),
         ({"model": {"ckpt": "x"}}, [], "one of model.ckpt and model.scratch"),
@@ -300,6 +303,7 @@ def test_adapters_of_a_run_are_saved_small_and_merge(config, tmp_path):
             "the shape 1b of model.shape",
         ),
         ({}, ["--train.out", "gs://bucket/run", "--plot"], "--plot"),
+        ({}, ["--mesh.distributed", "true"], "--mesh.distributed false"),
         ({"lora": {"rank": 4}}, [], "adapters need weights"),
         ({"lora": {"targets": ["q_proj"]}}, [], "lora.targets"),
         ({"train": {"eval_every": 2}}, [], "data.held_out = 0"),
@@ -317,6 +321,18 @@ def test_bad_input_is_one_line_and_leaves_nothing(config, tmp_path, sections, fl
     assert not (tmp_path / "run").exists()
 
 
+def test_batches_and_axes_must_come_out_even():
+    mesh = AbstractMesh((2, 2, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    check_batch(16, 2, mesh)
+    with pytest.raises(InputError, match=r"batch_size = 12: .* accepted: a multiple of 8 \(data 2 x fsdp 2 x .* 2\)"):
+        check_batch(12, 2, mesh)
+    assert mesh_sizes(MeshConfig(data=2, fsdp=-1, tensor=2), 16) == (2, 4, 2)
+    assert mesh_sizes(MeshConfig(data=1, fsdp=1, tensor=-1), 8) == (1, 1, 8)
+    for config in (MeshConfig(data=3), MeshConfig(fsdp=4), MeshConfig(data=2, fsdp=2)):
+        with pytest.raises(InputError, match="does not lay out 8 devices"):
+            mesh_sizes(config, 8)
+
+
 def test_a_run_is_not_taken_up_with_another_config(config, tmp_path):
     train.main(["--config", config(train={"steps": 2})])
     before = lines(tmp_path / "run")
@@ -324,6 +340,17 @@ def test_a_run_is_not_taken_up_with_another_config(config, tmp_path):
         train.main(["--config", config(train={"steps": 2}), "--train.learning_rate", "0.02"])
     train.main(["--config", config(train={"steps": 2}), "--train.keep", "5"])
     assert lines(tmp_path / "run") == before
+
+
+def test_a_run_is_not_taken_up_with_other_data(config, tmp_path):
+    train.main(["--config", config(train={"steps": 1})])
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(rows.read_text() + json.dumps({"instruction": "More?", "response": "No, this was all."}) + "\n")
+    with pytest.raises(InputError, match="the data is not what the run was begun with"):
+        train.main(["--config", str(tmp_path / "config.yaml")])
+    with pytest.raises(InputError, match="is a run directory; accepted: what its --export wrote"):
+        other = config(model={"scratch": None, "ckpt": str(tmp_path / "run")}, train={"out": str(tmp_path / "more")})
+        train.main(["--config", other])
 
 
 def test_resolved_config_is_the_run(config, tmp_path):

@@ -79,17 +79,17 @@ def _load_opened(ckpt: str, dtype, mesh: Mesh | None) -> LM:
 
 def _load_run(folder: str, dtype, mesh: Mesh | None) -> LM:
     """The newest checkpoint of a run; of a LoRA run, its base with the adapter merged."""
-    config = run.read_config(folder)
+    config, files = run.read_config(folder), run.local_files(folder)
+    tok, stops = tokenizer.from_folder(files)  # with the chat template that it was trained with
+    stop_ids = tuple(sorted(stops | hf.stop_ids(files)))
     if config.lora.rank:
         base = load(config.model.ckpt, dtype=dtype, mesh=mesh)
         adapter, _ = run.restore_params(folder, _float32(lora.declare_adapter(base.cfg, config.lora)))
-        return dataclasses.replace(_merged(base, adapter), name=folder)
-    files = run.local_files(folder)
+        return dataclasses.replace(_merged(base, adapter), name=folder, tokenizer=tok, stop_ids=stop_ids)
     cfg = hf.read_config(files)
-    tok, stops = tokenizer.from_folder(files)
     stacked, _ = run.restore_params(folder, _float32(declare(cfg, stacked=True)))
     params = hf.place_params(cfg, unstack_layers(stacked), dtype, mesh)
-    return LM(folder, cfg, params, tok, tuple(sorted(stops | hf.stop_ids(files))))
+    return LM(folder, cfg, params, tok, stop_ids)
 
 
 def _merged(lm: LM, adapter: Layer) -> LM:

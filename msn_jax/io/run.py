@@ -49,7 +49,10 @@ class _Unusable(Exception):
 
 def is_run(path: str | os.PathLike) -> bool:
     """Whether `path` is a run directory (it may not hold a checkpoint yet)."""
-    return all((epath.Path(path) / name).exists() for name in ("config.yaml", "config.json"))
+    try:
+        return all((epath.Path(path) / name).exists() for name in ("config.yaml", "config.json"))
+    except ImportError as e:  # of the file system that a store's address needs
+        raise InputError(f"{path}: {first_line(e)}; for gs:// pip install 'etils[epath-gcs]'") from None
 
 
 def write_run_files(
