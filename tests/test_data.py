@@ -211,7 +211,7 @@ def test_all_readable_kinds_give_the_same_rows(tmp_path):
     rows = [{"prompt": "a\u2028b", "completion": "2024-01-01"}, {"prompt": "c", "completion": "d"}]
     plain = write_rows(tmp_path / "a[1].jsonl", rows)
     plain.write_bytes(b"\xef\xbb\xbf" + plain.read_bytes().replace(b"\n", b"\r\n\r\n"))  # as Windows writes it
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes(), mtime=0))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a[2].parquet")
     for path in (plain, tmp_path / "a.jsonl.gz", tmp_path / "a[2].parquet"):
         assert list(data.read_rows(DataSource(path=str(path)))) == rows
@@ -225,8 +225,8 @@ def test_all_readable_kinds_give_the_same_rows(tmp_path):
         ("notes.txt", b"hello", "known kind"),
         ("empty.jsonl", b"", "no rows"),
         ("blank.jsonl", b"\n\n", "no rows"),
-        ("empty.jsonl.gz", gzip.compress(b""), "no rows"),
-        ("short.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 999)[:40], "cannot be read"),
+        ("empty.jsonl.gz", gzip.compress(b"", mtime=0), "no rows"),
+        ("short.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 999, mtime=0)[:40], "cannot be read"),
         ("fake.jsonl.gz", b'{"prompt": "a"}', "cannot be read"),
         ("latin.jsonl", b'{"prompt": "\xe9"}', "cannot be read"),
         ("bad.jsonl", b'{"prompt": "a", "completion": "b"}\n\n{"prompt": \n', "bad.jsonl, line 3: not valid JSON"),
