@@ -6,7 +6,7 @@ BIN := .venv/bin
 
 # A real model answers twice; then a tiny one is trained from nothing (resumed, where it was cut off) and decoded.
 demo: .venv/installed
-	$(BIN)/python decode.py --ckpt smollm2-135m-instruct --max_new_tokens 160 --compare \
+	$(BIN)/python decode.py --ckpt smollm2-135m-instruct --max_new_tokens 96 --compare \
 	  --prompt "Write a short Python function that checks whether a number is prime, then explain it line by line."
 	$(BIN)/python train.py --config configs/tiny.yaml
 	$(BIN)/python benchmarks/spec_bench.py --ckpt runs/tiny --questions benchmarks/tiny_prompts.jsonl \

@@ -231,8 +231,9 @@ def test_on_eight_devices_a_step_and_a_decode_are_those_of_one():
     assert "one step is the same" in done.stdout and "the same tokens" in done.stdout
 
 
-def test_a_run_directory_decodes_and_exports(config, tmp_path, capsys):
-    path = config(data={"held_out": 5}, train={"eval_every": 6})
+def test_a_run_directory_decodes_and_exports(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a relative train.out, as in the shipped configs
+    path = config(data={"held_out": 5}, train={"eval_every": 6, "out": "run"})
     train.main(["--config", path, "--plot", "--export", str(tmp_path / "hf")])
     assert "loss" in capsys.readouterr().out
     assert (tmp_path / "run" / "plot.png").stat().st_size > 10_000
@@ -241,7 +242,7 @@ def test_a_run_directory_decodes_and_exports(config, tmp_path, capsys):
     assert last["loss"] < lines(tmp_path / "run")[0]["loss"]
     assert {"eval_loss", "eval_top1_depth3", "top10_depth1", "grad_norm", "learning_rate", "loss_noisy"} <= last.keys()
     chat = [[{"role": "user", "content": "Count from 3 by 2."}]]
-    ours, exported = load(tmp_path / "run"), load(tmp_path / "hf")
+    ours, exported = load("run"), load(tmp_path / "hf")
     jax.tree.map(np.testing.assert_array_equal, ours.params, exported.params)
     assert ours.cfg == exported.cfg and ours.stop_ids == exported.stop_ids
     a, b = (generate(lm, chat, max_new_tokens=10)[0] for lm in (ours, exported))

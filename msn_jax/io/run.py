@@ -81,7 +81,7 @@ class Checkpoints:
     def __init__(self, directory: str | os.PathLike, keep: int):
         """directory: of the run. Raises InputError where it cannot be written."""
         logging.getLogger("absl").addFilter(_not_orbax)
-        self._folder, self._keep = epath.Path(directory) / "checkpoints", keep
+        self._folder, self._keep = _absolute(directory) / "checkpoints", keep
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._writing: tuple[int, Future] | None = None
         with _writes(self._folder):
@@ -200,7 +200,7 @@ def restore_params(directory: str | os.PathLike, abstract_params: Any) -> tuple[
     the params and once more the largest of them (SmolLM2: 0.74 GB for 0.54). Changes nothing on disk.
     Raises InputError for a run without a usable checkpoint, and for a tensor of another shape by its name.
     """
-    folder = epath.Path(directory) / "checkpoints"
+    folder = _absolute(directory) / "checkpoints"
     # A view of one number: how orbax is asked for an np.ndarray, without making one.
     abstract = jax.tree.map(lambda a: np.broadcast_to(np.zeros((), a.dtype), a.shape), abstract_params)
     for step in reversed(_steps(folder)):
@@ -315,6 +315,12 @@ def _barrier(name: str) -> None:
 def _steps(folder: epath.Path) -> list[int]:
     """Steps of every checkpoint that bears its final name, ascending."""
     return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.exists() else []
+
+
+def _absolute(directory: str | os.PathLike) -> epath.Path:
+    """orbax takes no other."""
+    path = epath.Path(directory)
+    return path if _remote(path) else epath.Path(os.path.abspath(path))
 
 
 def _remote(path: epath.Path) -> bool:
