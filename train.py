@@ -229,7 +229,6 @@ def train(setting: Setting) -> train_step.TrainState:
     held_out = []
     if run.train.eval_every:
         held_out = data.held_out_batches(setting.corpus, run.data, rows, run.train.eval_batches)
-    shapes = train_step.state_shapes(cfg, run, mesh)
     batch_shapes = train_step.batch_shapes(rows, run.data.max_tokens, mesh)
     if jax.process_index() == 0 and not run_dir.is_run(out):
         text = yaml.safe_dump(dataclasses.asdict(run), sort_keys=False)
@@ -237,11 +236,11 @@ def train(setting: Setting) -> train_step.TrainState:
     checkpoints = run_dir.Checkpoints(out, keep=run.train.keep)
 
     load = partial(hf.load_params, cfg, setting.source, mesh=mesh, stacked=True)
-    frozen = load(dtype=jnp.dtype(run.train.dtype)) if run.lora.rank else None
-    restored = checkpoints.restore(shapes)
+    digest = setting.corpus.digest
+    restored = checkpoints.restore(train_step.state_shapes(cfg, run, mesh))
     if restored:
         state, data_state, start = restored
-        if data_state["corpus"] != setting.corpus.digest:
+        if data_state["corpus"] != digest:
             raise InputError(f"{out}: the data is not what the run was begun with; accepted: the same rows")
         batches.set_state(data_state["batches"])
         say(f"resumed from step {start} of {out}")
@@ -250,17 +249,13 @@ def train(setting: Setting) -> train_step.TrainState:
     else:
         state = train_step.init_state(cfg, run, mesh, load() if setting.source and not run.lora.rank else None)
         start = 0
+    frozen = load(dtype=jnp.dtype(run.train.dtype)) if run.lora.rank else None
     trained = sum(p.size for p in jax.tree.leaves(state.params))
     parameters = sum(p.size for p in jax.tree.leaves(frozen)) if run.lora.rank else trained
     layout = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
     say(f"{parameters:,} parameters, {trained:,} trained; mesh {layout} of {mesh.devices.flat[0].device_kind}")
     began = time.perf_counter()
-    step_of = jax.jit(
-        train_step.make_train_step(cfg, run),
-        donate_argnums=0,
-        out_shardings=(jax.tree.map(lambda s: s.sharding, shapes), None),
-    )
-    step_of = step_of.lower(state, frozen, batch_shapes).compile()
+    step_of = train_step.jit_train_step(cfg, run, mesh).lower(state, frozen, batch_shapes).compile()
     evaluate = jax.jit(train_step.make_eval_step(cfg, run))
     say(f"{rows} x {run.data.max_tokens} tokens a step, compiled in {time.perf_counter() - began:.0f} s")
 
@@ -270,7 +265,7 @@ def train(setting: Setting) -> train_step.TrainState:
         state, report = step_of(state, frozen, global_batch(next(batches), batch_shapes))
         if waiting:
             log.write(*waiting)  # of the step before, so that the device need not wait for the host
-        waiting, evaluated = (step, report, {}), {}
+        evaluated = {}
         last = step == run.train.steps
         if run.train.eval_every and (step % run.train.eval_every == 0 or last):
             jax.block_until_ready(state)
@@ -278,14 +273,14 @@ def train(setting: Setting) -> train_step.TrainState:
             on_mesh = (global_batch(batch, batch_shapes) for batch in held_out)
             scores = [evaluate(state.params, frozen, batch, np.int32(i)) for i, batch in enumerate(on_mesh)]
             evaluated = eval_metrics(jax.device_get(scores))
-            waiting = (step, report, evaluated)
             say(f"step {step}: held-out loss {evaluated['eval_loss']:.3f}")
             log.pause(time.perf_counter() - began)
+        waiting = (step, report, evaluated)
         stopping = stop.asked(step)
         if last or stopping or step % run.train.save_every == 0:
             log.write(*waiting)
             log.flush()  # before the checkpoint: it is complete up to this step
-            data_state = {"batches": batches.get_state(), "corpus": setting.corpus.digest}
+            data_state = {"batches": batches.get_state(), "corpus": digest}
             checkpoints.save(step, state, data_state, evaluated.get("eval_loss"))
             waiting = None
         if stopping and not last:
@@ -293,7 +288,7 @@ def train(setting: Setting) -> train_step.TrainState:
     checkpoints.close()
     log.close()
     batches.close()
-    if start < run.train.steps and stop.asked(step) and not last:
+    if stopping and not last:
         say(f"stopped after step {step}; the same command goes on from there")
         sys.exit(0)
     return state

@@ -137,15 +137,10 @@ def main() -> None:
             if torch.stdout.readline().strip() != "ready":
                 raise InputError("--torch_python: torch did not start; its message is above")
         state = train_step.init_state(cfg, run, mesh, params)
-        shapes = train_step.state_shapes(cfg, run, mesh)
         placed = jax.device_put(
             batch, jax.tree.map(lambda s: s.sharding, train_step.batch_shapes(args.batch_size, args.tokens, mesh))
         )
-        step = jax.jit(
-            train_step.make_train_step(cfg, run),
-            donate_argnums=0,
-            out_shardings=(jax.tree.map(lambda s: s.sharding, shapes), None),
-        )
+        step = train_step.jit_train_step(cfg, run, mesh)
         start = time.perf_counter()
         step = step.lower(state, None, placed).compile()
         compile_s = time.perf_counter() - start

@@ -55,12 +55,6 @@ def init_adapter(key: jax.Array, cfg: ModelConfig, lora: LoraConfig) -> Layer:
     return layer.replace(**{name: one(key, name) for key, name in zip(keys, LINEAR_MAPS, strict=True)})
 
 
-def unstack_adapter(adapter: Layer) -> tuple[Layer, ...]:
-    """The form for decoding: a tuple of layers."""
-    fields, treedef = jax.tree.flatten(adapter)
-    return tuple(jax.tree.unflatten(treedef, layer) for layer in zip(*(list(f) for f in fields), strict=True))
-
-
 def merge(params: Params, adapter: Layer | tuple[Layer, ...]) -> Params:
     """The weights with the adapter added to them, in the form (stacked or not) and dtype that both have."""
 

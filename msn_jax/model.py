@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import Array
+from jax.sharding import Mesh
 
 from msn_jax.config import ModelConfig
-from msn_jax.sharding import constrain
+from msn_jax.sharding import constrain, sharding
 
 HIGHEST = jax.lax.Precision.HIGHEST  # float32 means float32: TPUs and GPUs would round operands otherwise
 QUERY_BLOCK = (128, 1024)  # least and most tokens of a row that attend at one time, in training
@@ -102,6 +103,16 @@ def declare(cfg: ModelConfig, stacked: bool = False) -> Params:
     )
 
 
+def shaped(specs, mesh: Mesh, dtype):
+    """ShapeDtypeStructs, placed on the mesh, for a tree of ArraySpecs."""
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype, sharding=sharding(s.axes, s.shape, mesh)), specs)
+
+
+def parameter_count(specs) -> int:
+    """Numbers in a tree of ArraySpecs, or of anything with a shape."""
+    return sum(math.prod(s.shape) for s in jax.tree.leaves(specs))
+
+
 def init(key: Array, cfg: ModelConfig, dtype=jnp.float32) -> Params:
     """Random weights: norms at one, the rest normal with standard deviation 1/sqrt(fan in)."""
     leaves, treedef = jax.tree.flatten(declare(cfg))
@@ -122,9 +133,13 @@ def stack_layers(params: Params) -> Params:
 
 def unstack_layers(params: Params) -> Params:
     """The form for decoding: a tuple of layers."""
-    fields, treedef = jax.tree.flatten(params.layers)
-    layers = zip(*(list(array) for array in fields), strict=True)
-    return params.replace(layers=tuple(jax.tree.unflatten(treedef, layer) for layer in layers))
+    return params.replace(layers=unstack(params.layers))
+
+
+def unstack(layers: Layer) -> tuple[Layer, ...]:
+    """One Layer of arrays [L, ...], weights or an adapter, as L of them."""
+    fields, treedef = jax.tree.flatten(layers)
+    return tuple(jax.tree.unflatten(treedef, layer) for layer in zip(*map(list, fields), strict=True))
 
 
 def cache_spec(cfg: ModelConfig, batch: int, slots: int) -> KVCache:

@@ -25,9 +25,8 @@ from msn_jax.decode.tree import TreeSet, tree_set
 from msn_jax.io import hf
 from msn_jax.io.checkpoint import resolve
 from msn_jax.io.gguf import GGUFSource
-from msn_jax.model import QUERY_BLOCK, cache_spec, declare
+from msn_jax.model import QUERY_BLOCK, cache_spec, declare, parameter_count, shaped
 from msn_jax.sharding import MESH_AXES, check_batch, make_mesh, mesh_sizes, sharding
-from msn_jax.train_step import declare_trainable, is_spec
 
 # Memory of a chip in bytes (Google Cloud TPU documentation).
 GIB = 2**30
@@ -54,11 +53,6 @@ def topology_shape(name: str) -> tuple[int, ...]:
     if not re.fullmatch(r"v\d\w*:\d+x\d+(x\d+)?", name) or name.split(":")[0] not in CHIP_BYTES:
         raise InputError(f"--topology {name}: accepted: {', '.join(CHIP_BYTES)} and a shape, such as v5e:2x4")
     return tuple(int(n) for n in name.split(":")[1].split("x"))
-
-
-def shaped(specs, mesh, dtype):
-    """ShapeDtypeStructs, placed on the mesh, for a tree of ArraySpecs."""
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype, sharding=sharding(s.axes, s.shape, mesh)), specs)
 
 
 def decode_state(cfg: ModelConfig, trees: TreeSet, mesh, batch: int, slots: int, dtype) -> loop.DecodeState:
@@ -187,8 +181,8 @@ def plan_train(run: RunConfig, topology: str | None) -> None:
     state = train_step.state_shapes(cfg, run, mesh)
     batch = train_step.batch_shapes(run.train.batch_size, run.data.max_tokens, mesh)
     frozen = shaped(declare(cfg, stacked=True), mesh, jnp.dtype(run.train.dtype)) if run.lora.rank else None
-    parameters = sum(math.prod(s.shape) for s in jax.tree.leaves(declare(cfg), is_leaf=is_spec))
-    trained = sum(math.prod(p.shape) for p in jax.tree.leaves(state.params))
+    parameters = parameter_count(declare(cfg))
+    trained = parameter_count(state.params)
     tokens = run.train.batch_size * run.data.max_tokens
     print(f"{name}: {parameters:,} parameters, {trained:,} trained")
     print(f"{run.train.dtype} computation, remat {run.train.remat}")
@@ -233,10 +227,10 @@ def plan_train(run: RunConfig, topology: str | None) -> None:
 
 def activation_bytes(cfg: ModelConfig, run: RunConfig, rows_ways: int, tensor: int) -> int:
     """A rough count of what a step holds beside its state on one device: gradients, kept activations, logits."""
-    size, trained = jnp.dtype(run.train.dtype).itemsize, declare_trainable(cfg, run.lora)
+    size, trained = jnp.dtype(run.train.dtype).itemsize, train_step.declare_trainable(cfg, run.lora)
     shards = rows_ways * tensor
-    gradients = 4 * sum(math.prod(s.shape) for s in jax.tree.leaves(trained, is_leaf=is_spec)) // shards
-    weights = size * sum(math.prod(s.shape) for s in jax.tree.leaves(declare(cfg), is_leaf=is_spec)) // shards
+    gradients = 4 * parameter_count(trained) // shards
+    weights = size * parameter_count(declare(cfg)) // shards
     tokens = run.train.batch_size // run.train.accumulate // rows_ways * run.data.max_tokens
     heads = cfg.heads * cfg.head_dim // tensor
     one_layer = 4 * cfg.embed + 3 * heads + 3 * cfg.mlp // tensor
@@ -244,7 +238,7 @@ def activation_bytes(cfg: ModelConfig, run: RunConfig, rows_ways: int, tensor: i
     query = min(run.data.max_tokens, QUERY_BLOCK[1])
     scores = 3 * 4 * tokens * query * cfg.heads // tensor
     logits = 3 * 4 * tokens // run.data.max_tokens * min(run.train.head_chunk, run.data.max_tokens) * cfg.vocab_size
-    layer_weights = 2 * size * sum(math.prod(s.shape) for s in jax.tree.leaves(declare(cfg).layers[0], is_leaf=is_spec))
+    layer_weights = 2 * size * parameter_count(declare(cfg).layers[0])
     activations = size * tokens * (cfg.layers * kept[run.train.remat] + one_layer)
     if run.train.remat == "none":
         scores *= cfg.layers

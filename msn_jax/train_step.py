@@ -16,9 +16,9 @@ from jax.sharding import Mesh
 
 from msn_jax.config import LoraConfig, ModelConfig, NoiseConfig, RunConfig, TrainConfig
 from msn_jax.lora import declare_adapter, init_adapter
-from msn_jax.model import ArraySpec, Layer, Params, declare, forward, init, stack_layers, unembed
+from msn_jax.model import ArraySpec, Layer, Params, declare, forward, init, shaped, stack_layers, unembed
 from msn_jax.noise import fill_noise, noise_depth, segment_length
-from msn_jax.sharding import constrain, sharding
+from msn_jax.sharding import constrain
 
 # Columns of the sums that a step returns, by depth (row 0: clean positions, row j: noise of depth j).
 COUNT, LOSS, TOP1, TOP10 = range(4)
@@ -71,18 +71,10 @@ def declare_trainable(cfg: ModelConfig, lora: LoraConfig) -> Params | Layer:
     return declare_adapter(cfg, lora) if lora.rank else declare(cfg, stacked=True)
 
 
-def is_spec(x: Any) -> bool:
-    return isinstance(x, ArraySpec)
-
-
 def state_shapes(cfg: ModelConfig, run: RunConfig, mesh: Mesh) -> TrainState:
     """The state as ShapeDtypeStructs placed on the mesh: each optimiser array lies like the weight it belongs to."""
-    place = lambda spec, dtype=jnp.float32: jax.ShapeDtypeStruct(
-        spec.shape, dtype, sharding=sharding(spec.axes, spec.shape, mesh)
-    )
-    specs = declare_trainable(cfg, run.lora)
-    params = jax.tree.map(place, specs)
-    everywhere = lambda a: place(ArraySpec(a.shape, (None,) * a.ndim), a.dtype)
+    params = shaped(declare_trainable(cfg, run.lora), mesh, jnp.float32)
+    everywhere = lambda a: shaped(ArraySpec(a.shape, (None,) * a.ndim), mesh, a.dtype)
     optimizer = make_optimizer(run.train)
     opt_state = optax.tree.map_params(
         optimizer,
@@ -91,14 +83,14 @@ def state_shapes(cfg: ModelConfig, run: RunConfig, mesh: Mesh) -> TrainState:
         params,
         transform_non_params=everywhere,
     )
-    return TrainState(step=place(ArraySpec((), ()), jnp.int32), params=params, opt_state=opt_state)
+    return TrainState(step=shaped(ArraySpec((), ()), mesh, jnp.int32), params=params, opt_state=opt_state)
 
 
 def batch_shapes(rows: int, tokens: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch of data.py as ShapeDtypeStructs placed on the mesh."""
-    place = sharding(("batch", None), (rows, tokens), mesh)
+    spec = ArraySpec((rows, tokens), ("batch", None))
     kinds = {"tokens": jnp.int32, "segment_ids": jnp.int32, "positions": jnp.int32, "response": bool}
-    return {name: jax.ShapeDtypeStruct((rows, tokens), dtype, sharding=place) for name, dtype in kinds.items()}
+    return {name: shaped(spec, mesh, dtype) for name, dtype in kinds.items()}
 
 
 def init_state(cfg: ModelConfig, run: RunConfig, mesh: Mesh, params: Params | None = None) -> TrainState:
@@ -242,6 +234,12 @@ def make_train_step(cfg: ModelConfig, run: RunConfig):
         return TrainState(step=state.step + 1, params=params, opt_state=opt_state), report
 
     return step
+
+
+def jit_train_step(cfg: ModelConfig, run: RunConfig, mesh: Mesh):
+    """`make_train_step` compiled on first use, its state donated and kept where `state_shapes` puts it."""
+    places = jax.tree.map(lambda s: s.sharding, state_shapes(cfg, run, mesh))
+    return jax.jit(make_train_step(cfg, run), donate_argnums=0, out_shardings=(places, None))
 
 
 def noisy_inputs(key: Array, batch: dict[str, Array], noise: NoiseConfig, step: Array | int) -> tuple[Array, Array]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from msn_jax import lora
 from msn_jax.config import InputError, ModelConfig, first_line
 from msn_jax.io import gguf, hf, run, tokenizer
-from msn_jax.model import Layer, Params, declare, unstack_layers
+from msn_jax.model import Layer, Params, declare, unstack, unstack_layers
 
 ACCEPTED = (
     "a Hugging Face directory, a .gguf file, a run directory of train.py, a hub id (org/name), or smollm2-135m-instruct"
@@ -93,7 +93,7 @@ def _load_run(folder: str, dtype, mesh: Mesh | None) -> LM:
 
 
 def _merged(lm: LM, adapter: Layer) -> LM:
-    return dataclasses.replace(lm, params=lora.merge(lm.params, lora.unstack_adapter(adapter)))
+    return dataclasses.replace(lm, params=lora.merge(lm.params, unstack(adapter)))
 
 
 def _float32(specs):
