@@ -298,7 +298,10 @@ def eval_metrics(scores: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float
     """Of held-out batches: the loss on clean text, and accuracy by noise depth."""
     clean, noisy = (train_step.metrics_of(sum(pair[i] for pair in scores)) for i in (0, 1))
     depths = {f"eval_{name}": value for name, value in noisy.items() if "depth" in name}
-    return {"eval_loss": clean["loss"], "eval_top1": clean["top1_clean"]} | depths
+    top1 = (
+        {"eval_top1": clean["top1_clean"]} if "top1_clean" in clean else {}
+    )  # a draft-only run has no clean positions
+    return {"eval_loss": clean["loss"]} | top1 | depths
 
 
 def finish(setting: Setting, state: train_step.TrainState, flags) -> None:
@@ -334,6 +337,8 @@ def main(argv: list[str] | None = None) -> None:
         check_plot(f"{run.train.out}/plot.png")
     start_processes(run.mesh)
     if flags.export:
+        if run.lora.draft_only:
+            raise InputError("--export: a draft-only adapter changes no weights; accepted without lora.draft_only")
         if jax.process_count() > 1:
             raise InputError("--export is for one process; train, then export where the run directory can be read")
         export.check_export_dir(flags.export)

@@ -249,6 +249,7 @@ class NoiseConfig:
     segments: int = 1  # an example, as in the paper
     density: float = 0.0  # above 0, instead of `segments`: the share of response tokens under noise
     progressive_steps: int = 0  # above 0: L grows from 1 to `length` over so many steps
+    anchors: int = 32  # of lora.draft_only, instead of segments: places a packed row that noise is hung under
     vocab_size: int = 0  # of `random`; make_train_step fills in the model's
 
     def __post_init__(self):
@@ -260,6 +261,7 @@ class NoiseConfig:
             segments=(self.segments >= 1, "1 or more"),
             density=(0 <= self.density <= 0.9, "0 to 0.9"),
             progressive_steps=(self.progressive_steps >= 0, "0 or more"),
+            anchors=(self.anchors >= 1, "1 or more"),
         )
 
 
@@ -394,11 +396,13 @@ class LoraConfig:
     rank: int = 0  # 0: tune all weights
     alpha: float = 16.0  # the adapter's output is scaled by alpha / rank
     targets: list[str] = dataclasses.field(default_factory=lambda: list(LINEAR_MAPS))
+    draft_only: bool = False  # act at noise positions alone, and learn the frozen model's own predictions
 
     def __post_init__(self):
         _check(
             self,
             "lora.",
+            draft_only=(not self.draft_only or self.rank > 0, "true with lora.rank above 0"),
             rank=(self.rank >= 0, "0 (tune all weights) or more"),
             alpha=(self.alpha > 0, "a positive number"),
             targets=(bool(self.targets) and set(self.targets) <= set(LINEAR_MAPS), f"some of {list(LINEAR_MAPS)}"),

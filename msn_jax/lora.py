@@ -5,6 +5,7 @@ Stacked ([L, ...]) in training, a tuple of layers in decoding, as the weights th
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -17,14 +18,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from msn_jax.config import LINEAR_MAPS, InputError, LoraConfig, ModelConfig
-from msn_jax.model import HIGHEST, ArraySpec, Layer, LowRank, Params, declare
+from msn_jax.model import HIGHEST, ArraySpec, DraftAdapter, Layer, LowRank, Params, declare
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter.safetensors"
 _OUTPUTS = {"qkv": 3, "o": 1, "gate_up": 2, "down": 1}  # leading axes of each map's weight that are its output
 
 
-def declare_adapter(cfg: ModelConfig, lora: LoraConfig) -> Layer:
-    """A stacked adapter with an ArraySpec for every tensor; None for maps that are not in lora.targets."""
+def declare_adapter(cfg: ModelConfig, lora: LoraConfig, noise_length: int = 0) -> Layer | DraftAdapter:
+    """A stacked adapter with an ArraySpec for every tensor; None for maps that are not in lora.targets.
+
+    noise_length: of a draft-only adapter, how many noise tokens in a row it has embeddings for.
+    """
     layer = declare(cfg, stacked=True).layers
 
     def one(name: str) -> LowRank | None:
@@ -37,12 +41,19 @@ def declare_adapter(cfg: ModelConfig, lora: LoraConfig) -> Layer:
             scale=lora.alpha / lora.rank,
         )
 
-    return Layer(attn_norm=None, mlp_norm=None, **{name: one(name) for name in LINEAR_MAPS})
+    layers = Layer(attn_norm=None, mlp_norm=None, **{name: one(name) for name in LINEAR_MAPS})
+    if not lora.draft_only:
+        return layers
+    return DraftAdapter(layers=layers, noise_embed=ArraySpec((noise_length, cfg.embed), (None, "embed")))
 
 
-def init_adapter(key: jax.Array, cfg: ModelConfig, lora: LoraConfig) -> Layer:
-    """A stacked float32 adapter that changes nothing yet: `a` normal with deviation 1/sqrt(fan in), `b` zero."""
-    layer = declare_adapter(cfg, lora)
+def init_adapter(key: jax.Array, cfg: ModelConfig, lora: LoraConfig, noise_length: int = 0) -> Layer | DraftAdapter:
+    """A stacked float32 adapter that changes nothing yet: `a` normal with deviation 1/sqrt(fan in), `b` zero.
+
+    Embeddings of noise are normal with deviation 0.02.
+    """
+    declared = declare_adapter(cfg, lora, noise_length)
+    layer = declared.layers if lora.draft_only else declared
 
     def one(key: jax.Array, name: str) -> LowRank | None:
         spec = getattr(layer, name)
@@ -52,7 +63,11 @@ def init_adapter(key: jax.Array, cfg: ModelConfig, lora: LoraConfig) -> Layer:
         return spec.replace(a=std * jax.random.normal(key, spec.a.shape), b=jnp.zeros(spec.b.shape))
 
     keys = jax.random.split(key, len(LINEAR_MAPS))
-    return layer.replace(**{name: one(key, name) for key, name in zip(keys, LINEAR_MAPS, strict=True)})
+    layers = layer.replace(**{name: one(key, name) for key, name in zip(keys, LINEAR_MAPS, strict=True)})
+    if not lora.draft_only:
+        return layers
+    embed = 0.02 * jax.random.normal(jax.random.fold_in(key, 1), declared.noise_embed.shape)
+    return DraftAdapter(layers=layers, noise_embed=embed)
 
 
 def merge(params: Params, adapter: Layer | tuple[Layer, ...]) -> Params:
@@ -73,19 +88,25 @@ def merge(params: Params, adapter: Layer | tuple[Layer, ...]) -> Params:
     return params.replace(layers=tuple(one(layer, low) for layer, low in zip(params.layers, adapter, strict=True)))
 
 
-def save_adapter(folder: str | Path, adapter: Layer, lora: LoraConfig, base: str) -> None:
-    """Write a stacked adapter: adapter_config.json (rank, alpha, targets, the base model) and adapter.safetensors."""
+def save_adapter(folder: str | Path, adapter: Layer | DraftAdapter, lora: LoraConfig, base: str) -> None:
+    """Write a stacked adapter: adapter_config.json (its LoraConfig, the base model) and adapter.safetensors.
+
+    A draft-only adapter is stored in float16: what it drafts is verified, and it takes half the room.
+    """
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    layers = adapter.layers if lora.draft_only else adapter
     tensors = {
-        f"{name}.{part}": np.asarray(getattr(getattr(adapter, name), part)) for name in lora.targets for part in "ab"
+        f"{name}.{part}": np.asarray(getattr(getattr(layers, name), part)) for name in lora.targets for part in "ab"
     }
-    config = {"base": base, "rank": lora.rank, "alpha": lora.alpha, "targets": lora.targets}
+    if lora.draft_only:
+        tensors["noise_embed"] = np.asarray(adapter.noise_embed)
+        tensors = {name: tensor.astype(np.float16) for name, tensor in tensors.items()}
     (folder / WEIGHTS).write_bytes(save(tensors))
-    (folder / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+    (folder / CONFIG).write_text(json.dumps({"base": base} | dataclasses.asdict(lora), indent=1) + "\n")
 
 
-def load_adapter(folder: str | Path, cfg: ModelConfig) -> Layer:
+def load_adapter(folder: str | Path, cfg: ModelConfig) -> Layer | DraftAdapter:
     """Read what `save_adapter` wrote, for a model of this shape; stacked float32.
 
     Raises InputError for a directory that holds no adapter, or one of another shape (the tensor is named).
@@ -93,25 +114,28 @@ def load_adapter(folder: str | Path, cfg: ModelConfig) -> Layer:
     folder = Path(folder)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        lora = LoraConfig(rank=config["rank"], alpha=config["alpha"], targets=config["targets"])
+        config.pop("base")
+        lora = LoraConfig(**config)
         file = safe_open(folder / WEIGHTS, framework="numpy")
     except FileNotFoundError as e:
         raise InputError(f"--adapter {folder}: {Path(e.filename or WEIGHTS).name} is missing") from None
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e:
         raise InputError(f"--adapter {folder}: cannot be read ({type(e).__name__}: {e})") from None
-    specs = declare_adapter(cfg, lora)
+    shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
 
-    def read(name: str, part: str, spec: ArraySpec) -> jax.Array:
-        key = f"{name}.{part}"
-        shape = tuple(file.get_slice(key).get_shape()) if key in file.keys() else None
-        if shape != spec.shape:
-            raise InputError(f"--adapter {folder}: {key} has the shape {shape}; this model asks for {spec.shape}")
-        return jnp.asarray(file.get_tensor(key))
+    def read(key: str, spec: ArraySpec) -> jax.Array:
+        if shapes.get(key) != spec.shape:
+            raise InputError(
+                f"--adapter {folder}: {key} has the shape {shapes.get(key)}; this model asks for {spec.shape}"
+            )
+        return jnp.asarray(file.get_tensor(key).astype(np.float32))
 
-    def one(name: str) -> LowRank | None:
-        low = getattr(specs, name)
-        return low and low.replace(a=read(name, "a", low.a), b=read(name, "b", low.b))
+    def one(name: str, low: LowRank | None) -> LowRank | None:
+        return low and low.replace(a=read(f"{name}.a", low.a), b=read(f"{name}.b", low.b))
 
-    return specs.replace(**{name: one(name) for name in LINEAR_MAPS})
+    specs = declare_adapter(cfg, lora, shapes.get("noise_embed", (0,))[0])
+    layers = specs.layers if lora.draft_only else specs
+    layers = layers.replace(**{name: one(name, getattr(layers, name)) for name in LINEAR_MAPS})
+    return DraftAdapter(layers, read("noise_embed", specs.noise_embed)) if lora.draft_only else layers

@@ -28,7 +28,7 @@ from msn_jax.sharding import constrain, sharding
 HIGHEST = jax.lax.Precision.HIGHEST  # float32 means float32: TPUs and GPUs would round operands otherwise
 QUERY_BLOCK = (128, 1024)  # least and most tokens of a row that attend at one time, in training
 MASKED = -1e30  # finite: a row with nothing to attend to gives a mean, never a nan
-_REMAT = {
+REMAT = {
     "none": lambda f: f,
     "dots": partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
     "full": jax.checkpoint,
@@ -70,6 +70,14 @@ class LowRank:
     a: Array  # [r, *in]
     b: Array  # [*out, r]
     scale: float = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class DraftAdapter:
+    """An adapter for noise positions alone: everywhere else the model stays what it is, to the last bit."""
+
+    layers: tuple[Layer, ...] | Layer  # of LowRank
+    noise_embed: Array  # [J, D]: what enters at noise of depth 1..J, in place of a token's embedding
 
 
 @struct.dataclass
@@ -227,6 +235,12 @@ def rope_frequencies(cfg: ModelConfig) -> np.ndarray:
     return freq.astype(np.float32)
 
 
+def rope_angles(cfg: ModelConfig, positions: Array) -> tuple[Array, Array]:
+    """Cosine and sine [B, T, H/2] of the angles of positions [B, T]."""
+    angles = positions.astype(jnp.float32)[..., None] * rope_frequencies(cfg)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
 def rope(x: Array, cos: Array, sin: Array) -> Array:
     """Rotate x [B, T, ..., H] by the angles of its positions (cos, sin: [B, T, H/2]), halves layout."""
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -327,7 +341,7 @@ def forward(
     cache: KVCache | None = None,
     *,
     segments: Array | None = None,
-    adapter: tuple[Layer, ...] | Layer | None = None,
+    adapter: tuple[Layer, ...] | Layer | DraftAdapter | None = None,
     gate: Array | None = None,
     remat: str = "none",
 ) -> tuple[Array, tuple]:
@@ -337,15 +351,19 @@ def forward(
     segment where `segments` int32[B, T] are given. Everything in `cache` below its length is seen as well. The cache
     is only read: the k, v [B, K, T, H] of this call come back, a pair for each layer (of stacked layers one pair
     [L, B, K, T, H]), and `write_cache` stores what is to be kept.
-    adapter: LowRank matrices in place of a Layer's linear maps (see lora.py), added where gate [B, T] is on.
+    adapter: LowRank matrices in place of a Layer's linear maps (see lora.py), added where gate [B, T] is above 0. For
+    a DraftAdapter the gate is the noise depth of each token, up to J, and picks its embedding.
     remat: what the backward pass of stacked layers recomputes, see TrainConfig.
 
     Returns (hidden [B, T, D] after the final norm, new k, v); `unembed` turns hidden rows into logits.
     """
-    angles = positions.astype(jnp.float32)[..., None] * rope_frequencies(cfg)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    cos, sin = rope_angles(cfg, positions)
     # The table whole along D, or a lookup over a mesh makes every device hold the rows of the whole batch.
     x = constrain(constrain(params.embed, "vocab", None)[tokens], "batch", None, None)
+    if isinstance(adapter, DraftAdapter):
+        noise = adapter.noise_embed.astype(x.dtype)[jnp.maximum(gate - 1, 0)]
+        x, adapter = jnp.where(gate[..., None] > 0, noise, x), adapter.layers
+    gate = None if gate is None else gate > 0
     if mask is None and cache is None:
         attend = partial(causal_attention, segments=segments)
     else:
@@ -359,7 +377,7 @@ def forward(
         def scanned(x, layer_adapter):
             return block(cfg, layer_adapter[0], x, cos, sin, attend, layer_adapter[1], gate)
 
-        x, new = jax.lax.scan(_REMAT[remat](scanned), x, (params.layers, adapter))
+        x, new = jax.lax.scan(REMAT[remat](scanned), x, (params.layers, adapter))
         return rms_norm(x, params.final_norm, cfg.norm_eps), new
 
     new = []

@@ -227,7 +227,7 @@ def plan_train(run: RunConfig, topology: str | None) -> None:
 
 def activation_bytes(cfg: ModelConfig, run: RunConfig, rows_ways: int, tensor: int) -> int:
     """A rough count of what a step holds beside its state on one device: gradients, kept activations, logits."""
-    size, trained = jnp.dtype(run.train.dtype).itemsize, train_step.declare_trainable(cfg, run.lora)
+    size, trained = jnp.dtype(run.train.dtype).itemsize, train_step.declare_trainable(cfg, run)
     shards = rows_ways * tensor
     gradients = 4 * parameter_count(trained) // shards
     weights = size * parameter_count(declare(cfg)) // shards

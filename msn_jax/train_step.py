@@ -14,9 +14,10 @@ from flax import struct
 from jax import Array
 from jax.sharding import Mesh
 
-from msn_jax.config import LoraConfig, ModelConfig, NoiseConfig, RunConfig, TrainConfig
+from msn_jax.config import ModelConfig, NoiseConfig, RunConfig, TrainConfig
+from msn_jax.draft_loss import draft_loss_sums, draw_anchors
 from msn_jax.lora import declare_adapter, init_adapter
-from msn_jax.model import ArraySpec, Layer, Params, declare, forward, init, shaped, stack_layers, unembed
+from msn_jax.model import ArraySpec, DraftAdapter, Layer, Params, declare, forward, init, shaped, stack_layers, unembed
 from msn_jax.noise import fill_noise, noise_depth, segment_length
 from msn_jax.sharding import constrain
 
@@ -66,14 +67,14 @@ def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(train.clip_norm), decay(learning_rate(train), b1=0.9, b2=train.beta2))
 
 
-def declare_trainable(cfg: ModelConfig, lora: LoraConfig) -> Params | Layer:
+def declare_trainable(cfg: ModelConfig, run: RunConfig) -> Params | Layer | DraftAdapter:
     """What is trained, with an ArraySpec for every tensor."""
-    return declare_adapter(cfg, lora) if lora.rank else declare(cfg, stacked=True)
+    return declare_adapter(cfg, run.lora, run.noise.length) if run.lora.rank else declare(cfg, stacked=True)
 
 
 def state_shapes(cfg: ModelConfig, run: RunConfig, mesh: Mesh) -> TrainState:
     """The state as ShapeDtypeStructs placed on the mesh: each optimiser array lies like the weight it belongs to."""
-    params = shaped(declare_trainable(cfg, run.lora), mesh, jnp.float32)
+    params = shaped(declare_trainable(cfg, run), mesh, jnp.float32)
     everywhere = lambda a: shaped(ArraySpec(a.shape, (None,) * a.ndim), mesh, a.dtype)
     optimizer = make_optimizer(run.train)
     opt_state = optax.tree.map_params(
@@ -103,7 +104,9 @@ def init_state(cfg: ModelConfig, run: RunConfig, mesh: Mesh, params: Params | No
     places = jax.tree.map(lambda s: s.sharding, shapes)
     key = jax.random.key(run.train.seed)
     if params is None:
-        new = lambda: init_adapter(key, cfg, run.lora) if run.lora.rank else stack_layers(init(key, cfg))
+        new = lambda: (
+            init_adapter(key, cfg, run.lora, run.noise.length) if run.lora.rank else stack_layers(init(key, cfg))
+        )
         params = jax.jit(new, out_shardings=places.params)()
     params = jax.device_put(params, places.params)
     opt_state = jax.jit(make_optimizer(run.train).init, out_shardings=places.opt_state)(params)
@@ -196,18 +199,24 @@ def make_train_step(cfg: ModelConfig, run: RunConfig):
     noise = dataclasses.replace(run.noise, vocab_size=cfg.vocab_size)
     dtype = jnp.dtype(train.dtype)
 
+    settings = {"remat": train.remat, "head_chunk": train.head_chunk}
+
     def loss(trained, frozen, batch, inputs, depth):
         weights = cast(frozen if run.lora.rank else trained, dtype)
         adapter = trained if run.lora.rank else None
-        settings = {"noise_length": noise.length, "remat": train.remat, "head_chunk": train.head_chunk}
-        return loss_sums(weights, cfg, batch, inputs, depth, adapter=adapter, **settings)
+        return loss_sums(weights, cfg, batch, inputs, depth, noise_length=noise.length, adapter=adapter, **settings)
+
+    def draft_loss(trained, frozen, batch, counts, anchors):
+        return draft_loss_sums(cast(frozen, dtype), cfg, batch, counts, anchors, trained, **settings)
 
     def step(state: TrainState, frozen: Params | None, batch: dict[str, Array]) -> tuple[TrainState, dict]:
-        inputs, depth = noisy_inputs(
-            jax.random.fold_in(jax.random.key(train.seed), state.step), batch, noise, state.step
-        )
-        whole = (batch, inputs, depth)
-        gradient = jax.value_and_grad(loss, has_aux=True)
+        key = jax.random.fold_in(jax.random.key(train.seed), state.step)
+        if run.lora.draft_only:
+            _, counts = next_labels(batch)
+            whole = (batch, counts, draw_anchors(key, counts, noise.anchors))
+        else:
+            whole = (batch, *noisy_inputs(key, batch, noise, state.step))
+        gradient = jax.value_and_grad(draft_loss if run.lora.draft_only else loss, has_aux=True)
 
         def one_part(carry, part):
             (_, sums), grads = gradient(state.params, frozen, *part)
@@ -254,10 +263,16 @@ def make_eval_step(cfg: ModelConfig, run: RunConfig):
     """evaluate(params, frozen, batch, index) -> (clean sums, noisy sums), see loss_sums.
 
     The same for runs of every noise kind: once with clean inputs, once with one `ahead` segment of noise.length an
-    example, drawn from the batch's index alone.
+    example, drawn from the batch's index alone. Of a draft-only adapter both are the sums of draft_loss_sums.
     """
     noise = NoiseConfig(kind="ahead", length=run.noise.length)
     dtype = jnp.dtype(run.train.dtype)
+
+    def evaluate_draft(params, frozen, batch, index):
+        _, counts = next_labels(batch)
+        anchors = draw_anchors(jax.random.fold_in(jax.random.key(0), index), counts, run.noise.anchors)
+        score = partial(draft_loss_sums, cast(frozen, dtype), cfg, batch, counts, anchors)
+        return (score(params, head_chunk=run.train.head_chunk)[1],) * 2
 
     def evaluate(params, frozen, batch, index):
         weights, adapter = (frozen, params) if run.lora.rank else (params, None)
@@ -273,7 +288,7 @@ def make_eval_step(cfg: ModelConfig, run: RunConfig):
         )
         return score(batch["tokens"], jnp.zeros_like(depth))[1], score(inputs, depth)[1]
 
-    return evaluate
+    return evaluate_draft if run.lora.draft_only else evaluate
 
 
 def cast(params: Params, dtype) -> Params:

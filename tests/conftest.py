@@ -63,11 +63,11 @@ def plain_greedy(tiny):
     return decode
 
 
-def decode_all(params, cfg, trees, prompts, stop_ids=(), chunk=16, slots=256, **settings):
+def decode_all(params, cfg, trees, prompts, stop_ids=(), chunk=16, slots=256, drafter=None, **settings):
     """Prefill and run to the end. Returns (state on the host, tokens of each row)."""
     state = init_state(cfg, trees, prompts, DecodeConfig(**settings), stop_ids, slots=slots)
     state = prefill(params, state, cfg=cfg, chunk=chunk)
-    state, _ = run(params, state, 2**31 - 1, cfg=cfg, trees=trees)
+    state, _ = run(params, state, 2**31 - 1, drafter, cfg=cfg, trees=trees)
     state = jax.device_get(state)
     ends = state.cache.length + 1
     return state, [np.asarray(state.tokens)[b, len(p) : ends[b]].tolist() for b, p in enumerate(prompts)]

@@ -277,6 +277,28 @@ def test_adapters_of_a_run_are_saved_small_and_merge(config, tmp_path):
         load(tmp_path / "other", adapter=tmp_path / "lora" / "adapter")
     with pytest.raises(InputError, match="adapter_config.json is missing"):
         load(tmp_path / "base", adapter=tmp_path)
+    draft_only = config(
+        "draft.yaml",
+        model={"scratch": None, "ckpt": str(tmp_path / "base")},
+        data={"held_out": 5},
+        noise={"anchors": 9},
+        lora={"rank": 2, "draft_only": True},
+        train={"out": str(tmp_path / "draft"), "eval_every": 6},
+    )
+    train.main(["--config", draft_only])
+    first, *_, last = lines(tmp_path / "draft")
+    assert last["loss"] < first["loss"] and {"eval_loss", "eval_top1_depth3", "top10_depth1"} <= last.keys()
+    run, applied = load(tmp_path / "draft"), load(tmp_path / "base", adapter=tmp_path / "draft" / "adapter")
+    jax.tree.map(np.testing.assert_array_equal, run.params, base.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), run.drafter, applied.drafter)
+    chat = [[{"role": "user", "content": "Count from 3 by 2."}]]
+    plain, drafted = (generate(lm, chat, max_new_tokens=20)[0] for lm in (base, applied))
+    assert plain.tokens == drafted.tokens
+    with pytest.raises(InputError, match="noise tokens in a row; accepted by this adapter: up to 1"):
+        short = dataclasses.replace(run, drafter=run.drafter.replace(noise_embed=np.zeros((1, 32))))
+        generate(short, chat, max_new_tokens=4)
+    with pytest.raises(InputError, match="--export: a draft-only adapter changes no weights"):
+        train.main(["--config", draft_only, "--export", str(tmp_path / "none")])
 
 
 @pytest.mark.parametrize(
@@ -306,6 +328,7 @@ def test_adapters_of_a_run_are_saved_small_and_merge(config, tmp_path):
         ({}, ["--train.out", "gs://bucket/run", "--plot"], "--plot"),
         ({}, ["--mesh.distributed", "true"], "--mesh.distributed false"),
         ({"lora": {"rank": 4}}, [], "adapters need weights"),
+        ({"lora": {"draft_only": True}}, [], "lora.draft_only = True is not possible; accepted: true with lora.rank"),
         ({"lora": {"targets": ["q_proj"]}}, [], "lora.targets"),
         ({"train": {"eval_every": 2}}, [], "data.held_out = 0"),
         ({"data": {"held_out": 100}}, [], "held_out = 100"),

@@ -11,6 +11,7 @@ from msn_jax.decode.tree import (
     TREE_SETS,
     TreeSet,
     TreeSpec,
+    branching,
     chain,
     tree_set,
 )
@@ -88,3 +89,15 @@ def test_unknown_names_and_useless_pairs_are_refused():
         tree_set("jacobi", "root")
     with pytest.raises(InputError, match="min_match must rise"):
         TreeSet("bad", (chain(1, JACOBI), chain(2, JACOBI)), (0, 0))
+
+
+def test_noise_under_a_node_or_above_it_predicts_ahead():
+    #   0 - 1 - 3        1, 2 and 3 are drafts; 4, 5, 6 is noise under the root, 7 under node 1
+    #    \- 2
+    tree = branching("noisy", 0, {(): 2, (0,): 1}, noise={(): 3, (0,): 1})
+    assert tree.parents == (-1, 0, 0, 1, 0, 4, 5, 1)
+    assert tree.noise_depth.tolist() == [0, 0, 0, 0, 1, 2, 3, 1]
+    assert tree.width == 3
+    assert tree.follow[:4].tolist() == [[4, 5, 6], [7, 6, -1], [5, 6, -1], [6, -1, -1]]
+    with pytest.raises(InputError, match=r"\(5,\) leads to no node"):
+        branching("noisy", 0, {(): 2}, noise={(5,): 1})

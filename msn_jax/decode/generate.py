@@ -14,7 +14,7 @@ import numpy as np
 
 from msn_jax.config import DecodeConfig, InputError
 from msn_jax.decode import loop
-from msn_jax.decode.tree import tree_set
+from msn_jax.decode.tree import TreeSet, tree_set
 from msn_jax.decode.verify import sampling_scores
 from msn_jax.io.checkpoint import LM
 from msn_jax.io.tokenizer import decode as to_text
@@ -102,19 +102,33 @@ def generate_batches(
             )
     if on_tokens is not None and decode.batch_size != 1:
         raise InputError("streaming needs batch_size 1")
+    trees = _trees(lm, decode)
     ids = list(range(len(prompts))) if ids is None else ids
     size = min(decode.batch_size, len(prompts))
     # The checks above are for the call, not for the first result.
     return (
-        _generate_batch(lm, prompts[at : at + size], ids[at : at + size], at, size, decode, on_tokens)
+        _generate_batch(lm, prompts[at : at + size], ids[at : at + size], at, size, decode, trees, on_tokens)
         for at in range(0, len(prompts), max(size, 1))
     )
 
 
-def _generate_batch(lm, prompts, ids, first, size, decode, on_tokens) -> list[Result]:
-    backend = next(iter(lm.params.embed.devices())).platform
-    trees = tree_set(decode.method, decode.tree, backend, str(lm.dtype))
-    chunk = PREFILL_CHUNK[backend]
+def _backend(lm: LM) -> str:
+    return next(iter(lm.params.embed.devices())).platform
+
+
+def _trees(lm: LM, decode: DecodeConfig) -> TreeSet:
+    trees = tree_set(decode.method, decode.tree, _backend(lm), str(lm.dtype), lm.drafter is not None)
+    depths = max(int(tree.noise_depth.max()) for tree in trees.trees)
+    if lm.drafter is not None and depths > len(lm.drafter.noise_embed):
+        raise InputError(
+            f"tree {trees.name!r} has {depths} noise tokens in a row; "
+            f"accepted by this adapter: up to {len(lm.drafter.noise_embed)}"
+        )
+    return trees
+
+
+def _generate_batch(lm, prompts, ids, first, size, decode, trees, on_tokens) -> list[Result]:
+    chunk = PREFILL_CHUNK[_backend(lm)]
     need = max(loop.slots_needed(len(p), decode.max_new_tokens, trees.width, chunk) for p in prompts)
     slots = loop.bucket(need)
     # A short last batch is filled with rows that are done from the start, so that it runs the same program.
@@ -130,7 +144,7 @@ def _generate_batch(lm, prompts, ids, first, size, decode, on_tokens) -> list[Re
         dtype=lm.dtype,
     )
     state = state.replace(done=jnp.arange(size) >= len(prompts))
-    run = lambda state, cycles: loop.run(lm.params, state, cycles, cfg=lm.cfg, trees=trees)
+    run = lambda state, cycles: loop.run(lm.params, state, cycles, lm.drafter, cfg=lm.cfg, trees=trees)
 
     program = (lm.cfg, chunk, size, slots, str(lm.dtype))
     if program not in _warm and max(map(len, prompts)) > 1:

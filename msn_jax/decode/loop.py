@@ -18,7 +18,7 @@ from jax import Array
 from msn_jax.config import DecodeConfig, InputError, ModelConfig
 from msn_jax.decode import draft, verify
 from msn_jax.decode.tree import TreeSet, TreeSpec
-from msn_jax.model import KVCache, Params, forward, init_cache, unembed, write_cache
+from msn_jax.model import DraftAdapter, KVCache, Params, forward, init_cache, unembed, write_cache
 
 MAX_STOP_IDS = 16
 DRAFT_STREAM = 2**32 - 1  # no request has this index: the noise of drafts never meets that of samples
@@ -161,7 +161,13 @@ def prefill(params: Params, state: DecodeState, *, cfg: ModelConfig, chunk: int)
 
 
 def tree_pass(
-    params: Params, cfg: ModelConfig, trees: TreeSet, tree: TreeSpec, state: DecodeState, retrieval: Array
+    params: Params,
+    drafter: DraftAdapter | None,
+    cfg: ModelConfig,
+    trees: TreeSet,
+    tree: TreeSpec,
+    state: DecodeState,
+    retrieval: Array,
 ) -> PassResult:
     """Draft, run and verify one tree. Reads the state, writes nothing."""
     last = state.cache.length
@@ -172,7 +178,10 @@ def tree_pass(
     tokens, valid = draft.fill(tree, root, state.jacobi, retrieval, noise)
 
     positions = last[:, None] + tree.depth
-    hidden, new = forward(params, cfg, tokens, positions, tree.ancestors, state.cache)
+    # Static, so that a tree without noise pays nothing for the adapter.
+    gate = jnp.broadcast_to(tree.noise_depth, tokens.shape) if drafter and tree.noise_depth.any() else None
+    adapter = None if gate is None else drafter
+    hidden, new = forward(params, cfg, tokens, positions, tree.ancestors, state.cache, adapter=adapter, gate=gate)
     logits = unembed(params, cfg, hidden)
 
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -215,19 +224,30 @@ def commit(state: DecodeState, result: PassResult) -> DecodeState:
     )
 
 
-def step(params: Params, state: DecodeState, *, cfg: ModelConfig, trees: TreeSet) -> DecodeState:
-    """One cycle: choose a tree, draft, run, verify, commit. Pure; works under any jit and mesh."""
+def step(
+    params: Params, state: DecodeState, drafter: DraftAdapter | None = None, *, cfg: ModelConfig, trees: TreeSet
+) -> DecodeState:
+    """One cycle: choose a tree, draft, run, verify, commit. Pure; works under any jit and mesh.
+
+    drafter: an adapter for the noise nodes of the trees (layers as a tuple), with an embedding for each noise depth.
+    """
     retrieval, match = draft.retrieve(state.tokens, state.cache.length, trees.retrieval_tokens)
     longest = jnp.where(state.done, 0, match).max()
     choice = (longest >= jnp.asarray(trees.min_match[1:], jnp.int32)).sum()
-    branches = [partial(tree_pass, params, cfg, trees, tree) for tree in trees.trees]
+    branches = [partial(tree_pass, params, drafter, cfg, trees, tree) for tree in trees.trees]
     result = jax.lax.switch(choice, branches, state, retrieval)
     return commit(state, result).replace(passes=state.passes.at[choice].add(1))
 
 
 @partial(jax.jit, static_argnames=("cfg", "trees"), donate_argnames="state")
 def run(
-    params: Params, state: DecodeState, cycles: Array, *, cfg: ModelConfig, trees: TreeSet
+    params: Params,
+    state: DecodeState,
+    cycles: Array,
+    drafter: DraftAdapter | None = None,
+    *,
+    cfg: ModelConfig,
+    trees: TreeSet,
 ) -> tuple[DecodeState, Progress]:
     """Cycles until every row is done, at most `cycles` of them (0 compiles and does nothing).
 
@@ -240,7 +260,7 @@ def run(
         return (cycle < cycles) & ~state.done.all()
 
     def cycle(carry):
-        return carry[0] + 1, step(params, carry[1], cfg=cfg, trees=trees)
+        return carry[0] + 1, step(params, carry[1], drafter, cfg=cfg, trees=trees)
 
     _, state = jax.lax.while_loop(unfinished, cycle, (jnp.int32(0), state))
     return state, Progress(tokens=state.tokens, last=state.cache.length, done=state.done)

@@ -91,20 +91,37 @@ class TreeSpec:
         return path
 
     @cached_property
-    def follow(self) -> np.ndarray:
-        """The nodes whose logits predict ahead once node m is the last accepted one; -1 beyond their end. int[M, J]
+    def noise_depth(self) -> np.ndarray:
+        """The place of each noise node in its chain of noise, from 1; 0 for the others. int[M]"""
+        place = np.zeros(self.size, int)
+        for node in np.flatnonzero(self.kind(NOISE)):
+            place[node] = place[self.parents[node]] + 1
+        return place
 
-        They are the explicit noise under m, else the rest of the first path through m: rejected drafts play
-        the noise (paper section 3.2). Row j predicts the draft of depth j + 1 under the next root.
+    @cached_property
+    def follow(self) -> np.ndarray:
+        """The nodes whose logits predict ahead once node m is the last accepted one; -1 where there are none. int[M, J]
+
+        Row j predicts the draft of depth j + 1 under the next root. That is the noise which stands so far ahead under
+        m, else under the nearest node above m: it saw less of the text, but predicts the same place. Where there is no
+        such noise it is the rest of the first path through m: rejected drafts play the noise (paper section 3.2).
         """
+        children = [[c for c, parent in enumerate(self.parents) if parent == node] for node in range(self.size)]
+        noise = [[c for c in below if self.sources[c][0] == NOISE] for below in children]
+
+        def walk(node: int, below: list[list[int]]) -> list[int]:
+            nodes = []
+            while below[node]:
+                nodes.append(node := below[node][0])
+            return nodes
+
         chains = []
-        for node in range(self.size):
-            chain = []
-            while children := [c for c, p in enumerate(self.parents) if p == node]:
-                noise = [c for c in children if self.sources[c][0] == NOISE]
-                node = (noise or children)[0]
-                chain.append(node)
-            chains.append(chain)
+        for m in range(self.size):
+            chain, above = [], m
+            while above >= 0:
+                chain += walk(above, noise)[self.depth[m] - self.depth[above] + len(chain) :]
+                above = self.parents[above]
+            chains.append(chain or walk(m, [n or c for n, c in zip(noise, children)]))
         longest = max(map(len, chains))
         return np.array([chain + [-1] * (longest - len(chain)) for chain in chains], int).reshape(self.size, longest)
 
@@ -159,15 +176,31 @@ class TreeSet:
         return int(max(depths))
 
 
-def chain(length: int, kind: str, name: str | None = None) -> TreeSpec:
-    """The root and `length` drafts in a row."""
-    return TreeSpec(name or f"{kind}{length}", tuple(range(-1, length)), ((ROOT, 0),) + ((kind, 0),) * length)
+def chain(length: int, kind: str, name: str | None = None, noise: dict[int, int] | None = None) -> TreeSpec:
+    """The root and `length` drafts in a row; under the node of each depth in `noise`, so many noise nodes in a row."""
+    tree = TreeSpec(name or f"{kind}{length}", tuple(range(-1, length)), ((ROOT, 0),) + ((kind, 0),) * length)
+    return _with_noise(tree, noise or {})
 
 
-def branching(name: str, retrieval: int, children: dict[tuple[int, ...], int]) -> TreeSpec:
-    """A chain of `retrieval` nodes beside a tree of Jacobi candidates.
+def _with_noise(tree: TreeSpec, noise: dict[int, int]) -> TreeSpec:
+    parents, sources = list(tree.parents), list(tree.sources)
+    for node, length in noise.items():
+        for place in range(length):
+            parents.append(len(parents) - 1 if place else node)
+            sources.append((NOISE, 0))
+    return TreeSpec(tree.name, tuple(parents), tuple(sources))
 
-    children: how many candidates, best first, hang under the node that these ranks lead to from the root.
+
+def branching(
+    name: str,
+    retrieval: int,
+    children: dict[tuple[int, ...], int],
+    noise: dict[tuple[int, ...], int] | None = None,
+) -> TreeSpec:
+    """A chain of `retrieval` nodes beside a tree of Jacobi candidates, and chains of noise.
+
+    children: how many candidates, best first, hang under the node that these ranks lead to from the root;
+    noise: how many noise nodes in a row hang under it.
     """
     parents, sources = list(range(-1, retrieval)), [(ROOT, 0)] + [(RETRIEVAL, 0)] * retrieval
     at = {(): 0}
@@ -178,7 +211,10 @@ def branching(name: str, retrieval: int, children: dict[tuple[int, ...], int]) -
             at[*path, rank] = len(parents)
             parents.append(at[path])
             sources.append((JACOBI, rank))
-    return TreeSpec(name, tuple(parents), tuple(sources))
+    for path in (noise or {}).keys() - at.keys():
+        raise InputError(f"tree {name!r}: the path {path} leads to no node")
+    tree = TreeSpec(name, tuple(parents), tuple(sources))
+    return _with_noise(tree, {at[path]: length for path, length in (noise or {}).items()})
 
 
 # The reference decoder of the paper: the 63 nodes of Medusa's mc_sim_7b_63 and a retrieval chain of 5.
@@ -197,8 +233,14 @@ _TREES = (
     chain(15, EITHER, "chain16"),
     branching("small13", 5, {(): 3, (0,): 2, (0, 0): 1, (1,): 1}),
     branching("msn69", 5, _MEDUSA_63),
+    # For a draft-only adapter: noise under the root and under the drafts most likely to end the accepted path.
+    chain(1, EITHER, "draft5", noise={0: 2, 1: 1}),
+    chain(5, EITHER, "draft9", noise={0: 1, 1: 1, 5: 1}),
+    branching("draft16", 0, {(): 3, (0,): 1}, noise={(): 3, (0,): 3, (1,): 2, (2,): 1, (0, 0): 2}),
 )
-TREE_SETS: dict[str, TreeSet] = {tree.name: TreeSet(tree.name, (tree,), (0,)) for tree in _TREES} | {
+_BY_NAME = {tree.name: tree for tree in _TREES}
+TREE_SETS: dict[str, TreeSet] = {name: TreeSet(name, (tree,), (0,)) for name, tree in _BY_NAME.items()} | {
+    "draft": TreeSet("draft", (_BY_NAME["draft5"], _BY_NAME["draft9"]), (0, 3)),
     # Sizes and thresholds from the matches and costs of 40 training prompts (LOG.md), by simulation.
     "adaptive": TreeSet("adaptive", (_ROOT, chain(3, EITHER, "chain4"), chain(7, EITHER, "chain8")), (0, 1, 4)),
 }
@@ -211,11 +253,15 @@ _DEFAULT = {
     "gpu": {"tr-jacobi": "msn69", "lookup": "chain8", "jacobi": "msn69"},
     "tpu": {"tr-jacobi": "msn69", "lookup": "chain8", "jacobi": "msn69"},
 }
+_DRAFT_ONLY = {"tr-jacobi": "draft", "jacobi": "draft16"}  # the default trees with a draft-only adapter
 
 
-def tree_set(method: str, name: str | None = None, backend: str = "cpu", dtype: str = "float32") -> TreeSet:
+def tree_set(
+    method: str, name: str | None = None, backend: str = "cpu", dtype: str = "float32", draft_only: bool = False
+) -> TreeSet:
     """The trees a method decodes with: those of `name`, less the drafts that the method does not use.
 
+    draft_only: whether a draft-only adapter stands by, which has default trees of its own.
     Raises InputError for an unknown method or name, or where no draft is left.
     """
     if method not in METHODS:
@@ -224,7 +270,8 @@ def tree_set(method: str, name: str | None = None, backend: str = "cpu", dtype: 
         raise InputError(f"unknown tree {name!r}; accepted: {', '.join(TREE_SETS)}")
     if method == "ar":
         return TREE_SETS["root2" if backend == "cpu" and dtype == "bfloat16" else "root"]
-    base = TREE_SETS[name or _DEFAULT[backend][method]]
+    default = _DEFAULT[backend] | (_DRAFT_ONLY if draft_only else {})
+    base = TREE_SETS[name or default[method]]
     if method == "jacobi":
         # Without retrieval nothing chooses between trees: take the largest.
         trees, min_match = (base.trees[-1].only(JACOBI, NOISE),), (0,)

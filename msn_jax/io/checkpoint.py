@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from msn_jax import lora
 from msn_jax.config import InputError, ModelConfig, first_line
 from msn_jax.io import gguf, hf, run, tokenizer
-from msn_jax.model import Layer, Params, declare, unstack, unstack_layers
+from msn_jax.model import DraftAdapter, Layer, Params, declare, unstack, unstack_layers
 
 ACCEPTED = (
     "a Hugging Face directory, a .gguf file, a run directory of train.py, a hub id (org/name), or smollm2-135m-instruct"
@@ -40,6 +40,7 @@ class LM:
     params: Params
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]  # every id that ends a reply
+    drafter: DraftAdapter | None = None  # predicts at noise positions; replies are those of `params` alone
 
     @property
     def dtype(self):
@@ -61,14 +62,15 @@ def load(ckpt: str | Path, adapter: str | Path | None = None, dtype=jnp.float32,
     """Load a checkpoint for decoding.
 
     ckpt: a Hugging Face directory, a .gguf file, a run directory of train.py, a hub id, or the alias
-    smollm2-135m-instruct. adapter: a directory that lora.save_adapter wrote; it is merged into the weights.
+    smollm2-135m-instruct. adapter: a directory that lora.save_adapter wrote; it is merged into the weights, or, where
+    it is draft-only, kept beside them.
     dtype: float32 or bfloat16, of weights and computation. mesh: where to spread the weights (see sharding.py).
     Raises InputError, one line that names what was found and what is accepted.
     """
     if str(jnp.dtype(dtype)) not in ("float32", "bfloat16"):
         raise InputError(f"dtype {jnp.dtype(dtype)} is not supported; accepted: float32, bfloat16")
     lm = _load_run(str(ckpt), dtype, mesh) if run.is_run(ckpt) else _load_opened(str(ckpt), dtype, mesh)
-    return lm if adapter is None else _merged(lm, lora.load_adapter(adapter, lm.cfg))
+    return lm if adapter is None else _adapted(lm, lora.load_adapter(adapter, lm.cfg))
 
 
 def _load_opened(ckpt: str, dtype, mesh: Mesh | None) -> LM:
@@ -84,15 +86,20 @@ def _load_run(folder: str, dtype, mesh: Mesh | None) -> LM:
     stop_ids = tuple(sorted(stops | hf.stop_ids(files)))
     if config.lora.rank:
         base = load(config.model.ckpt, dtype=dtype, mesh=mesh)
-        adapter, _ = run.restore_params(folder, _float32(lora.declare_adapter(base.cfg, config.lora)))
-        return dataclasses.replace(_merged(base, adapter), name=folder, tokenizer=tok, stop_ids=stop_ids)
+        adapter, _ = run.restore_params(
+            folder, _float32(lora.declare_adapter(base.cfg, config.lora, config.noise.length))
+        )
+        return dataclasses.replace(_adapted(base, adapter), name=folder, tokenizer=tok, stop_ids=stop_ids)
     cfg = hf.read_config(files)
     stacked, _ = run.restore_params(folder, _float32(declare(cfg, stacked=True)))
     params = hf.place_params(cfg, unstack_layers(stacked), dtype, mesh)
     return LM(folder, cfg, params, tok, stop_ids)
 
 
-def _merged(lm: LM, adapter: Layer) -> LM:
+def _adapted(lm: LM, adapter: Layer | DraftAdapter) -> LM:
+    if isinstance(adapter, DraftAdapter):
+        drafter = adapter.replace(layers=unstack(adapter.layers))
+        return dataclasses.replace(lm, drafter=jax.tree.map(lambda a: a.astype(lm.dtype), drafter))
     return dataclasses.replace(lm, params=lora.merge(lm.params, unstack(adapter)))
 
 

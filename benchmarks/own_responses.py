@@ -1,0 +1,89 @@
+"""Replies of a model itself to the prompts of training data: what a draft-only adapter is best trained on.
+
+    python benchmarks/own_responses.py --ckpt smollm2-135m-instruct --sources a.jsonl b.jsonl.gz --rows 1000 \
+      --out own.jsonl
+
+Writes rows of `messages`: the prompt up to the first reply of each row, and the model's greedy reply. Prompts come from
+the sources in turn, each in a random order. A reply that loops is dropped. A run that was cut off goes on where it
+stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import numpy as np
+from spec_bench import LOOPS, repeated_4grams
+from tqdm import tqdm
+
+from msn_jax import DecodeConfig, InputError, load
+from msn_jax.config import DataSource
+from msn_jax.data import Unusable, read_rows, to_messages
+from msn_jax.decode.generate import encode, generate_batches
+
+
+def prompts_of(path: str, seed: int) -> list[list[dict]]:
+    """The conversation up to the first reply of every usable row, shuffled."""
+    found = []
+    for row in read_rows(DataSource(path=path)):
+        try:
+            messages = to_messages(row)
+        except Unusable:
+            continue
+        found.append(list(itertools.takewhile(lambda m: m["role"] != "assistant", messages)))
+    return [found[i] for i in np.random.default_rng(seed).permutation(len(found))]
+
+
+def in_turn(sources: list[str], seed: int) -> list[list[dict]]:
+    turns = itertools.zip_longest(*(prompts_of(path, seed) for path in sources))
+    return [prompt for turn in turns for prompt in turn if prompt is not None]
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--ckpt", required=True)
+    p.add_argument("--sources", nargs="+", required=True, help="JSONL files or hub ids, as data.sources takes them")
+    p.add_argument("--rows", type=int, required=True, help="prompts to answer")
+    p.add_argument("--max_prompt_tokens", type=int, default=160)
+    p.add_argument("--max_new_tokens", type=int, default=160)
+    p.add_argument("--batch_size", type=int, default=8)
+    p.add_argument("--method", default="ar")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", type=Path, required=True)
+    args = p.parse_args()
+
+    done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    asked = done[-1]["asked"] if done else 0
+    lm = load(args.ckpt)
+    prompts = ((prompt, encode(lm, prompt)) for prompt in in_turn(args.sources, args.seed))
+    short = itertools.islice((pair for pair in prompts if len(pair[1]) <= args.max_prompt_tokens), args.rows)
+    config = DecodeConfig(method=args.method, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size)
+    bar = tqdm(total=args.rows, initial=asked, unit="row", mininterval=10)
+    todo = itertools.islice(short, asked, None)
+    while batch := list(itertools.islice(todo, args.batch_size)):
+        (results,) = generate_batches(lm, [ids for _, ids in batch], config)
+        asked += len(batch)
+        lines = [
+            {"messages": [*prompt, {"role": "assistant", "content": result.text}], "asked": asked}
+            for (prompt, _), result in zip(batch, results, strict=True)
+            if repeated_4grams(result.tokens) < LOOPS and result.text.strip()
+        ]
+        with args.out.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+        done += lines
+        bar.update(len(batch))
+    print(json.dumps({"asked": asked, "kept": len(done), "out": str(args.out)}))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as e:
+        sys.exit(f"own_responses.py: error: {e}")

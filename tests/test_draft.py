@@ -1,0 +1,154 @@
+"""The draft-only adapter: what it learns, that decoding meets it in the same place, and that replies never change."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import decode_all
+
+from msn_jax import DecodeConfig, InputError, forward, unembed
+from msn_jax.config import LoraConfig
+from msn_jax.decode import TreeSet, init_state, prefill, step, tree_set
+from msn_jax.decode.tree import branching
+from msn_jax.draft_loss import draft_loss_sums, draw_anchors, two_streams
+from msn_jax.lora import init_adapter, load_adapter, save_adapter
+from msn_jax.model import stack_layers, unstack
+
+DEPTHS = 3
+LORA = LoraConfig(rank=2, draft_only=True)
+NOISY = TreeSet("noisy", (branching("noisy", 2, {(): 2, (0,): 1}, noise={(): 3, (0,): 1}),), (0,))
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny):
+    """Stacked, and far from changing nothing."""
+    new = init_adapter(jax.random.key(0), tiny[0], LORA, DEPTHS)
+    noise = iter(jax.random.split(jax.random.key(1), 100))
+    return jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(noise), x.shape), new)
+
+
+@pytest.fixture(scope="module")
+def drafter(adapter):
+    """In the form for decoding."""
+    return adapter.replace(layers=unstack(adapter.layers))
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """One row: an example of 10 tokens, whose reply is 4 to 9, one of 8, whose reply is 13 to 17, and padding."""
+    segments = np.array([[1] * 10 + [2] * 8 + [0] * 2], np.int32)
+    response = np.zeros((1, 20), bool)
+    response[0, 4:10] = response[0, 13:18] = True
+    return {
+        "tokens": jnp.asarray(np.random.default_rng(0).integers(0, 61, (1, 20)), jnp.int32),
+        "segment_ids": jnp.asarray(segments),
+        "positions": jnp.asarray([[*range(10), *range(8), 0, 0]], jnp.int32),
+        "response": jnp.asarray(response),
+    }
+
+
+# By hand: the token after each of these places belongs to a reply of the same example.
+COUNTS = np.isin(np.arange(20), [3, 4, 5, 6, 7, 8, 12, 13, 14, 15, 16])[None]
+
+
+@pytest.fixture(scope="module")
+def logits_of(tiny, drafter):
+    """A function: float64 logits [n + J, V] of a text of n tokens and of the noise behind it, by plain `forward`."""
+    cfg, params = tiny
+
+    @jax.jit
+    def run(text, gate):
+        hidden, _ = forward(params, cfg, text, jnp.arange(text.shape[1])[None], adapter=drafter, gate=gate)
+        return unembed(params, cfg, hidden)[0]
+
+    def logits(text):
+        n, padded = len(text), np.zeros((2, 1, 20 + DEPTHS), np.int32)
+        padded[0, 0, :n], padded[1, 0, n : n + DEPTHS] = text, range(1, DEPTHS + 1)
+        return np.asarray(run(*padded), np.float64)[: n + DEPTHS]
+
+    return logits
+
+
+def test_loss_is_the_divergence_from_the_clean_model(tiny, adapter, logits_of, batch):
+    cfg, params = tiny
+    anchors = jnp.asarray([[3, 7, 12, -1, 15]])
+    # Noise of anchor 7 has one reply token to predict, that of 15 too; the place -1 hangs nothing.
+    depths = {3: 3, 7: 1, 12: 3, 15: 1}
+    log_softmax = lambda x: x - np.log(np.exp(x - x.max()).sum()) - x.max()
+    expected = np.zeros((1 + DEPTHS, 4))
+    for anchor, depth in depths.items():
+        first, end = (0, 10) if anchor < 10 else (10, 18)
+        text = batch["tokens"][0, first:end].tolist()
+        hung = logits_of(text[: anchor - first + 1])
+        for j in range(1, depth + 1):
+            place = anchor - first + j
+            p, q = (log_softmax(x) for x in (logits_of(text)[place], hung[place]))
+            rank = (q > q[p.argmax()]).sum()
+            expected[j] += [1, (np.exp(p) * (p - q)).sum(), rank < 1, rank < 10]
+    stacked = stack_layers(params)
+    for chunk in (2, 128):
+        sums_of = jax.jit(partial(draft_loss_sums, head_chunk=chunk), static_argnums=1)
+        loss, sums = sums_of(stacked, cfg, batch, COUNTS, anchors, adapter)
+        np.testing.assert_allclose(sums, expected, rtol=1e-4, atol=1e-4)
+        assert float(loss) == pytest.approx(expected[:, 1].sum(), rel=1e-4)
+
+
+def test_nothing_flows_into_the_frozen_model_or_out_of_its_example(tiny, adapter, batch):
+    cfg, params = tiny
+    anchors = jnp.asarray([[5, 14]])
+    loss = lambda adapter, params: draft_loss_sums(params, cfg, batch, COUNTS, anchors, adapter)[0]
+    gradient = jax.jit(jax.grad(loss))(adapter, stack_layers(params))
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradient))
+    other = dict(batch, tokens=batch["tokens"].at[0, 6:10].set(1).at[0, 15:].set(2))
+    rows = jax.jit(lambda batch: two_streams(stack_layers(params), cfg, adapter, batch, anchors)[1])
+    np.testing.assert_array_equal(rows(batch), rows(other))  # what stands behind the anchors is not seen
+    other = dict(batch, tokens=batch["tokens"].at[0, 0].set(60))
+    assert (rows(batch)[0, 0] != rows(other)[0, 0]).any() and (rows(batch)[0, 1] == rows(other)[0, 1]).all()
+
+
+def test_anchors_are_places_with_something_to_predict_each_as_likely():
+    able = {3, 4, 5, 6, 7, 12, 13, 14, 15}  # 8 and 16 are the last to count: noise has nothing to predict there
+    draw = jax.vmap(lambda key: draw_anchors(key, jnp.asarray(COUNTS), 4)[0])
+    drawn = np.asarray(draw(jax.random.split(jax.random.key(0), 3000)))
+    assert all(len(set(row)) == 4 for row in drawn.tolist())
+    values, counts = np.unique(drawn, return_counts=True)
+    assert set(values.tolist()) == able
+    # Each of 9 is drawn with probability 4/9: 1333 of 3000, deviation 27.
+    assert np.abs(counts - 3000 * 4 / 9).max() < 4.5 * 27.2
+    many = np.asarray(draw_anchors(jax.random.key(0), jnp.asarray(COUNTS), 30))[0]
+    assert many.shape == (30,) and set(many.tolist()) == able | {-1}
+
+
+def test_the_loop_drafts_what_was_trained(tiny, drafter, logits_of):
+    cfg, params = tiny
+    prompt = np.random.default_rng(2).integers(0, 61, 12).tolist()
+    state = init_state(cfg, NOISY, [prompt], DecodeConfig(max_new_tokens=20), (), slots=256)
+    state = prefill(params, state, cfg=cfg, chunk=16)
+    state = jax.jit(partial(step, cfg=cfg, trees=NOISY))(params, state, drafter)
+    assert int(state.forwards[0]) == 1 and state.accepted[0, 0] == 1  # nothing was drafted for the first pass
+    expected = np.argsort(-logits_of(prompt)[len(prompt) :])[:, :2]
+    assert np.asarray(state.jacobi)[0].tolist() == expected[:2].tolist()
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "seed": 3}], ids=["greedy", "sampled"])
+def test_replies_are_those_of_the_model_alone(tiny, drafter, settings):
+    cfg, params = tiny
+    prompts = [np.random.default_rng(n).integers(0, 61, n).tolist() for n in (1, 9, 33)]
+    settings |= {"max_new_tokens": 40}
+    _, plain = decode_all(params, cfg, tree_set("ar"), prompts, **settings)
+    state, drafted = decode_all(params, cfg, NOISY, prompts, drafter=drafter, **settings)
+    assert drafted == plain
+    without, _ = decode_all(params, cfg, NOISY, prompts, **settings)
+    assert (state.accepted != without.accepted).any()  # the adapter did something
+
+
+def test_saved_in_half_precision_and_read_back(tiny, adapter, tmp_path):
+    cfg, _ = tiny
+    save_adapter(tmp_path, adapter, LORA, "base")
+    read = load_adapter(tmp_path, cfg)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.float16(a), np.float16(b)), read, adapter)
+    (tmp_path / "adapter_config.json").write_text('{"base": "b", "rank": 2, "colour": 1}')
+    with pytest.raises(InputError, match="cannot be read.*colour"):
+        load_adapter(tmp_path, cfg)
