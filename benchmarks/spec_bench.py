@@ -159,6 +159,7 @@ def answer_group(lm, group: list[dict], arms: dict[str, DecodeConfig]) -> list[d
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--ckpt", required=True)
+    p.add_argument("--adapter")
     p.add_argument("--questions", required=True, help="JSONL with question_id, category, turns")
     p.add_argument("--methods", default="ar,lookup,jacobi,tr-jacobi")
     p.add_argument("--max_new_tokens", type=int, default=128)
@@ -191,7 +192,7 @@ def main() -> None:
     if args.results and not done:
         args.results.write_text(json.dumps(run) + "\n", encoding="utf-8")
 
-    lm = load(args.ckpt, dtype=args.dtype)
+    lm = load(args.ckpt, adapter=args.adapter, dtype=args.dtype)
     # Groups as large as the largest batch, of questions with as many turns, so that batches are full; always the
     # same ones, and one line of the results each: a group is answered whole or again.
     size = max(config.batch_size for config in arms.values())

