@@ -14,7 +14,7 @@ from flax import struct
 from jax import Array
 from jax.sharding import Mesh
 
-from msn_jax.config import LoraConfig, ModelConfig, NoiseConfig, RunConfig, TrainConfig
+from msn_jax.config import LINEAR_MAPS, LoraConfig, ModelConfig, NoiseConfig, RunConfig, TrainConfig
 from msn_jax.lora import declare_adapter, init_adapter
 from msn_jax.model import ArraySpec, Layer, Params, declare, forward, init, shaped, stack_layers, unembed
 from msn_jax.noise import fill_noise, noise_depth, segment_length
@@ -61,7 +61,9 @@ def learning_rate(train: TrainConfig) -> optax.Schedule:
 
 def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
     """AdamW behind a clip of the global norm; weight decay for the linear maps alone."""
-    is_linear = lambda params: jax.tree.map(lambda p: p.ndim > 2, params)  # norms are [L, D], the tables [V, D]
+    # By name: stacked, a bias can have as many axes as a matrix. Of an adapter the name leads to its two factors.
+    named = lambda path: any(getattr(key, "name", None) in LINEAR_MAPS for key in path)
+    is_linear = partial(jax.tree_util.tree_map_with_path, lambda path, _: named(path))
     decay = partial(optax.adamw, weight_decay=train.weight_decay, mask=is_linear)
     return optax.chain(optax.clip_by_global_norm(train.clip_norm), decay(learning_rate(train), b1=0.9, b2=train.beta2))
 
