@@ -147,6 +147,8 @@ class ModelConfig:
         theta = number("rope.freq_base", 10000.0)
         scaling = _rope_from_gguf(get)
         if rope_factors is not None:
+            if scaling is not None:
+                raise InputError("GGUF: both rope scaling fields and rope_freqs.weight; accepted: one of them")
             scaling = _llama3_from_factors(rope_factors, theta, get("rope.scaling.original_context_length", 8192))
         return cls(
             vocab_size=vocab_size,
