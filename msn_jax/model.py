@@ -50,7 +50,7 @@ class Layer:
     qkv: Array  # [K, G+2, H, D]: by kv head its query heads, its key, its value, so that it splits over K
     o: Array  # [D, N, H]
     mlp_norm: Array  # [D]
-    gate_up: Array  # [2, F, D]; without a gate [1, F, D]
+    gate_up: Array  # [2, F, D]; without a gate [F, D]
     down: Array  # [D, F]
     # What only some families have; None elsewhere.
     attn_norm_bias: Array | None = None  # [D]
@@ -59,7 +59,7 @@ class Layer:
     k_norm: Array | None = None  # [H]
     o_bias: Array | None = None  # [D]
     mlp_norm_bias: Array | None = None  # [D]
-    gate_up_bias: Array | None = None  # [2 or 1, F]
+    gate_up_bias: Array | None = None  # [2, F] or [F]
     down_bias: Array | None = None  # [D]
 
 
@@ -95,7 +95,7 @@ class KVCache:
 def declare(cfg: ModelConfig, stacked: bool = False) -> Params:
     """Params with an ArraySpec for every tensor; stacked as for training, or one Layer after the other."""
     D, N, K, H, F, V = cfg.embed, cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.mlp, cfg.vocab_size
-    maps = 2 if cfg.activation == "swiglu" else 1  # gate and up, or up alone
+    maps, split = ((2,), (None,)) if cfg.activation == "swiglu" else ((), ())  # gate and up, or up alone
     scale, head_scale = ArraySpec((D,), (None,), "ones"), ArraySpec((H,), (None,), "ones")
     bias = lambda wanted, shape=(D,), axes=(None,): ArraySpec(shape, axes, "zeros") if wanted else None
     layer = Layer(
@@ -103,7 +103,7 @@ def declare(cfg: ModelConfig, stacked: bool = False) -> Params:
         qkv=ArraySpec((K, cfg.group + 2, H, D), ("kv_heads", None, None, "embed")),
         o=ArraySpec((D, N, H), ("embed", "heads", None)),
         mlp_norm=scale,
-        gate_up=ArraySpec((maps, F, D), (None, "mlp", "embed")),
+        gate_up=ArraySpec((*maps, F, D), (*split, "mlp", "embed")),
         down=ArraySpec((D, F), ("embed", "mlp")),
         attn_norm_bias=bias(cfg.norm == "layer"),
         qkv_bias=bias(cfg.qkv_bias, (K, cfg.group + 2, H), ("kv_heads", None, None)),
@@ -111,7 +111,7 @@ def declare(cfg: ModelConfig, stacked: bool = False) -> Params:
         k_norm=head_scale if cfg.qk_norm else None,
         o_bias=bias(cfg.o_bias),
         mlp_norm_bias=bias(cfg.norm == "layer"),
-        gate_up_bias=bias(cfg.mlp_bias, (maps, F), (None, "mlp")),
+        gate_up_bias=bias(cfg.mlp_bias, (*maps, F), (*split, "mlp")),
         down_bias=bias(cfg.mlp_bias),
     )
     vocab = ArraySpec((V, D), ("vocab", "embed"))
@@ -354,7 +354,7 @@ def block(
     if cfg.activation == "swiglu":
         h = jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
     else:
-        h = jax.nn.gelu(gate_up[..., 0, :], approximate=True)  # by tanh
+        h = jax.nn.gelu(gate_up, approximate=True)  # by tanh
     x = x + constrain(adapted(h, layer.down, layer.down_bias, part("down"), gate), "batch", None, None)
     return x, (k, v)
 

@@ -69,13 +69,8 @@ def layer_names(cfg: ModelConfig) -> dict[str, tuple[tuple[str, ...], int]]:
 def part_shapes(cfg: ModelConfig) -> dict[str, list[tuple[int, ...]]]:
     """How each of a field's parts is shaped before they are joined; a stored weight is [out, in] of the same size."""
     D, K, G, H, F = cfg.embed, cfg.kv_heads, cfg.group, cfg.head_dim, cfg.mlp
-    maps = 2 if cfg.activation == "swiglu" else 1
-    return {
-        "qkv": [(K, G, H, D), (K, 1, H, D), (K, 1, H, D)],
-        "qkv_bias": [(K, G, H), (K, 1, H), (K, 1, H)],
-        "gate_up": [(1, F, D)] * maps,
-        "gate_up_bias": [(1, F)] * maps,
-    }
+    qkv = {"qkv": [(K, G, H, D), (K, 1, H, D), (K, 1, H, D)], "qkv_bias": [(K, G, H), (K, 1, H), (K, 1, H)]}
+    return qkv | ({"gate_up": [(1, F, D)] * 2, "gate_up_bias": [(1, F)] * 2} if cfg.activation == "swiglu" else {})
 
 
 def tensors(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
