@@ -132,7 +132,6 @@ def token_scores(
         x = jnp.pad(x, ((0, 0), (0, parts * chunk - T)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(B, parts, chunk, *x.shape[2:]), 1, 0)
 
-    @jax.checkpoint
     def score(hidden, labels, counts):
         logits = constrain(unembed(params, cfg, hidden), "batch", None, "vocab")
         label = jnp.take_along_axis(logits, labels[..., None], axis=-1)
@@ -143,9 +142,9 @@ def token_scores(
     def nothing(hidden, labels, counts):
         return jnp.zeros(labels.shape), jnp.zeros_like(labels)
 
-    scores = jax.lax.map(
-        lambda part: jax.lax.cond(part[2].any(), score, nothing, *part), (split(hidden), split(labels), split(counts))
-    )
+    # Computed again as a whole: with the condition outside, each chunk would keep a copy of the table for its branch.
+    one = jax.checkpoint(lambda part: jax.lax.cond(part[2].any(), score, nothing, *part))
+    scores = jax.lax.map(one, (split(hidden), split(labels), split(counts)))
     places = jnp.argsort(order, axis=1)
     return jax.tree.map(
         lambda x: jnp.take_along_axis(jnp.moveaxis(x, 0, 1).reshape(B, parts * chunk), places, axis=1), scores

