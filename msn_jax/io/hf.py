@@ -156,9 +156,11 @@ def place_params(cfg: ModelConfig, params: Params, dtype, mesh: Mesh | None) -> 
 def _place(value: np.ndarray, spec: ArraySpec, dtype, mesh: Mesh | None) -> jax.Array:
     value = value.astype(dtype, copy=False)
     if mesh is None:
-        return jax.device_put(value)
-    # By callback, since in a run of several processes each one has only some of the devices.
-    return jax.make_array_from_callback(value.shape, sharding(spec.axes, spec.shape, mesh), lambda at: value[at])
+        placed = jax.device_put(value)
+    else:
+        # By callback, since in a run of several processes each one has only some of the devices.
+        placed = jax.make_array_from_callback(value.shape, sharding(spec.axes, spec.shape, mesh), lambda at: value[at])
+    return jax.block_until_ready(placed)  # or the host's arrays pile up behind the transfers
 
 
 class SafetensorsSource:
