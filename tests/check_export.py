@@ -67,17 +67,19 @@ def compare(ckpt: Path, torch_python: str) -> bool:
 def export_tiny(folder: Path) -> list[Path]:
     """Random models: tied, in shards; llama3 rope and a head_dim of its own; linear rope; the other families."""
     import jax
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     from msn_jax import ModelConfig, init
     from msn_jax.config import FAMILIES, RopeScaling
     from msn_jax.io.export import export_hf
 
-    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(61)}, unk_token="t0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t1")
-    shape = dict(vocab_size=61, embed=32, layers=3, heads=4, kv_heads=2, mlp=48, max_position=160)
+    # Bytes alone: transformers splits a Qwen2's text as Qwen2 does, whatever its tokenizer.json says.
+    spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    letters = Tokenizer(models.BPE({letter: i for i, letter in enumerate(sorted(spell.alphabet()))}, []))
+    letters.pre_tokenizer, letters.decoder = spell, decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="<|endoftext|>")
+    shape = dict(vocab_size=257, embed=32, layers=3, heads=4, kv_heads=2, mlp=48, max_position=160)
     llama3 = RopeScaling(kind="llama3", factor=8.0, original_max_position=32)
     cfgs = {
         "tied": ModelConfig(**shape, head_dim=8, tie_embeddings=True),
