@@ -14,12 +14,12 @@ from transformers import PreTrainedTokenizerFast
 
 import msn_jax
 from msn_jax import InputError, ModelConfig, model, train_step, unembed
-from msn_jax.config import FAMILIES, LINEAR_MAPS, LoraConfig, TrainConfig
+from msn_jax.config import LINEAR_MAPS, LoraConfig, TrainConfig
 from msn_jax.decode import tree_set
 from msn_jax.io import hf
 from msn_jax.io.export import export_hf, hf_config
 from msn_jax.lora import init_adapter, merge
-from msn_jax.model import ArraySpec, declare, init_cache, parameter_count, stack_layers, unstack_layers, write_cache
+from msn_jax.model import declare, init_cache, parameter_count, stack_layers, unstack_layers, write_cache
 from msn_jax.shapes import SHAPES
 
 forward = jax.jit(msn_jax.forward, static_argnums=1)
@@ -280,6 +280,7 @@ def test_real_configs_trace(name):
     assert logits.shape == (2, 8192, cfg.vocab_size)
 
 
-def test_families_are_those_that_the_tables_know():
-    assert set(FAMILIES) == {"llama", "mistral", "qwen2", "qwen3", "starcoder2"}
-    assert ArraySpec((2,), (None,)).init == "normal"
+@pytest.mark.parametrize("field, value", [("norm", "batch"), ("activation", "relu"), ("sliding_window", 0)])
+def test_an_impossible_switch_is_named(field, value):
+    with pytest.raises(InputError, match=f"model config: {field} = {value} is not possible; accepted:"):
+        dataclasses.replace(SHAPES["1b"], **{field: value})
