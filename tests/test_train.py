@@ -188,8 +188,8 @@ moment = lambda state: next(s.mu for s in jax.tree.leaves(state.opt_state, is_le
                             if hasattr(s, "mu"))
 # Every switch that a family has: LayerNorm, biases everywhere, a plain MLP, q and k norms, a window.
 other = dataclasses.replace(cfg, norm="layer", activation="gelu_tanh", qkv_bias=True, o_bias=True, mlp_bias=True,
-                            qk_norm=True, sliding_window=5, layers=1)
-for cfg, lora in ((cfg, LoraConfig()), (cfg, LoraConfig(rank=2)), (other, LoraConfig())):
+                            qk_norm=True, sliding_window=5)
+for cfg, lora in ((other, LoraConfig()), (cfg, LoraConfig(rank=2))):
     results = []
     for sizes in ((1, 1, 1), (2, 2, 2)):
         run = RunConfig(model=ModelStart(ckpt="unused"), data=DataConfig(sources=[DataSource(path="unused")]),
