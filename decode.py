@@ -104,7 +104,10 @@ def row_prompt(row: object, where: str, chat_template: str) -> str | list:
     if "messages" in row:
         messages = row["messages"]
         fine = isinstance(messages, list) and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            isinstance(m, dict)
+            and isinstance(m.get("role"), str)
+            # A message that calls tools may say nothing.
+            and (isinstance(m.get("content"), str) or (m.get("content") is None and m.get("tool_calls")))
             for m in messages
         )
         if not fine or not messages:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from msn_jax import data, train_step
-from msn_jax.config import SECTIONS, SHAPES, InputError, ModelConfig, RunConfig
+from msn_jax.config import SECTIONS, InputError, ModelConfig, RunConfig
 from msn_jax.io import export, hf
 from msn_jax.io import run as run_dir
 from msn_jax.io.checkpoint import open_checkpoint
@@ -38,6 +38,7 @@ from msn_jax.io.tokenizer import from_folder
 from msn_jax.lora import merge, save_adapter
 from msn_jax.model import declare
 from msn_jax.report import check_plot, plot_metrics
+from msn_jax.shapes import SHAPES
 from msn_jax.sharding import check_batch, make_mesh, mesh_sizes, start_processes
 
 # A run may be taken up again with other values of these; all others decide what it computes.

@@ -23,9 +23,9 @@ import numpy as np
 from record import run_record
 
 from msn_jax import DecodeConfig, InputError, init, load
-from msn_jax.config import SHAPES
 from msn_jax.decode import TreeSet, init_state, loop
 from msn_jax.decode.tree import JACOBI, chain
+from msn_jax.shapes import SHAPES
 
 
 def measure(programs: dict, rounds: int) -> dict[str, np.ndarray]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -35,10 +37,20 @@ class RopeScaling:
     def __post_init__(self):
         _check(self, "rope_scaling.", kind=(self.kind in ("linear", "llama3"), "linear, llama3"))
 
+    def scaled(self, frequency: float) -> float:
+        """A frequency, radians a position, after scaling."""
+        if self.kind == "linear":
+            return frequency / self.factor
+        # Llama 3.1: long wavelengths are stretched, short ones kept, those between blended.
+        turns = self.original_max_position * frequency / (2 * math.pi)
+        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        kept = min(max(kept, 0.0), 1.0)
+        return frequency * (kept + (1 - kept) / self.factor)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape of a LLaMA-family decoder. Letters in comments are the shape key of README.md."""
+    """A decoder of the LLaMA family or one of its neighbours. Letters in comments are the shape key of README.md."""
 
     vocab_size: int  # V
     embed: int  # D
@@ -52,8 +64,26 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = False
+    # What tells the families apart. The defaults are LLaMA's.
+    norm: str = "rms"  # or layer: LayerNorm with a bias
+    activation: str = "swiglu"  # or gelu_tanh: an MLP without a gate, GELU by its tanh approximation
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # root mean square norms of queries and keys over H
+    sliding_window: int | None = None  # tokens that each one sees, itself included; None: all before it
 
     def __post_init__(self):
+        _check(
+            self,
+            "model config: ",
+            norm=(self.norm in ("rms", "layer"), "rms, layer"),
+            activation=(self.activation in ("swiglu", "gelu_tanh"), "swiglu, gelu_tanh"),
+            sliding_window=(
+                self.sliding_window is None or (type(self.sliding_window) is int and self.sliding_window > 0),
+                "null or a positive int",
+            ),
+        )
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             kinds = {"int": (int,), "float": (int, float), "bool": (bool,)}.get(field.type)
@@ -90,23 +120,36 @@ class ModelConfig:
         return cls(**fields)
 
     @classmethod
-    def from_gguf(cls, meta: dict[str, Any], vocab_size: int, tie_embeddings: bool) -> ModelConfig:
-        """Read the metadata of a GGUF file (its `general.*` and `llama.*` fields).
+    def from_gguf(
+        cls,
+        meta: dict[str, Any],
+        vocab_size: int,
+        tie_embeddings: bool,
+        rope_factors: Sequence[float] | None = None,
+    ) -> ModelConfig:
+        """Read the metadata of a GGUF file (its `general.*` and, of a llama, `llama.*` fields).
 
+        rope_factors: what the tensor rope_freqs.weight divides each frequency by, where the file has one.
         Raises InputError for another architecture or a field whose value this model does not compute.
         """
-        arch = meta.get("general.architecture")
-        if arch != "llama":
-            raise InputError(f"GGUF architecture {arch!r} is not supported; accepted: llama")
+        arch, where = meta.get("general.architecture"), "GGUF"
+        if arch not in (known := ("llama", "qwen2", "qwen3", "starcoder2")):
+            raise InputError(f"GGUF architecture {arch!r} is not supported; accepted: {', '.join(known)}")
         get = lambda name, default=None: meta.get(f"{arch}.{name}", default)
-        for field, accepted in {"expert_count": 0, "attention.sliding_window": 0}.items():
-            if get(field, accepted) != accepted:
-                raise InputError(f"GGUF field {arch}.{field} = {get(field)} is not supported; accepted: {accepted}")
-        number = lambda name, default=None: _number("GGUF", meta, f"{arch}.{name}", default)
+        for field in ("expert_count", "attention.sliding_window_pattern", "attn_logit_softcapping", "logit_scale"):
+            if get(field):
+                raise InputError(f"GGUF field {arch}.{field} = {get(field)} is not supported; accepted: none")
+        number = lambda name, default=None: _number(where, meta, f"{arch}.{name}", default)
         heads, embed = number("attention.head_count"), number("embedding_length")
         head_dim = number("attention.key_length", embed // heads)
         if get("rope.dimension_count", head_dim) != head_dim or get("attention.value_length", head_dim) != head_dim:
             raise InputError(f"GGUF: rope or value dimensions other than the head's {head_dim} are not supported")
+        theta = number("rope.freq_base", 10000.0)
+        scaling = _rope_from_gguf(get)
+        if rope_factors is not None:
+            if scaling is not None:
+                raise InputError("GGUF: both rope scaling fields and rope_freqs.weight; accepted: one of them")
+            scaling = _llama3_from_factors(rope_factors, theta, get("rope.scaling.original_context_length", 8192))
         return cls(
             vocab_size=vocab_size,
             embed=embed,
@@ -116,10 +159,14 @@ class ModelConfig:
             head_dim=head_dim,
             mlp=number("feed_forward_length"),
             max_position=number("context_length"),
-            norm_eps=number("attention.layer_norm_rms_epsilon"),
-            rope_theta=number("rope.freq_base", 10000.0),
-            rope_scaling=_rope_from_gguf(get),
+            norm_eps=number(
+                "attention.layer_norm_epsilon" if arch == "starcoder2" else "attention.layer_norm_rms_epsilon"
+            ),
+            rope_theta=theta,
+            rope_scaling=scaling,
             tie_embeddings=tie_embeddings,
+            sliding_window=get("attention.sliding_window") or None,
+            **FAMILIES[arch],
         )
 
     @classmethod
@@ -128,51 +175,121 @@ class ModelConfig:
 
         Raises InputError for a field whose value this model does not compute.
         """
-        known = {"llama"}
-        if hf.get("model_type") not in known:
-            raise InputError(
-                f"config.json: model_type {hf.get('model_type')!r} is not supported; accepted: {', '.join(known)}"
-            )
-        only = {
-            "hidden_act": ("silu",),
-            "attention_bias": (False, None),
-            "mlp_bias": (False, None),
-            "sliding_window": (None,),
-            "partial_rotary_factor": (1.0, None),
-            "pretraining_tp": (1, None),
-            "quantization_config": (None,),
-        }
-        for field, accepted in only.items():
+        family = hf.get("model_type")
+        if family not in FAMILIES:
+            raise InputError(f"config.json: model_type {family!r} is not supported; accepted: {', '.join(FAMILIES)}")
+        for field, accepted in (_ONLY | _ONLY_OF[family]).items():
             if hf.get(field, accepted[0]) not in accepted:
-                raise InputError(f"config.json: {field} = {hf[field]!r} is not supported; accepted: {accepted[0]!r}")
-        number = lambda name: _number("config.json", hf, name)
+                names = " or ".join(map(repr, accepted))
+                raise InputError(f"config.json: {field} = {hf[field]!r} is not supported; accepted: {names}")
+        number = lambda name, default=None: _number("config.json", hf, name, default)
         heads, embed = number("num_attention_heads"), number("hidden_size")
         max_position = number("max_position_embeddings")
         theta, scaling = _rope_from_hf(hf, max_position)
+        # Where a field is not there, transformers has a default of its own for each family: none of them is guessed,
+        # but for LLaMA's, which older files leave out.
+        llama = family == "llama"
+        bias = hf.get("use_bias", True) if family == "starcoder2" else hf.get("attention_bias") or False
+        biases = {
+            "qkv_bias": family == "qwen2" or bias,
+            "o_bias": family != "qwen2" and bias,
+            "mlp_bias": bias if family == "starcoder2" else hf.get("mlp_bias") or False,
+        }
         return cls(
             vocab_size=number("vocab_size"),
             embed=embed,
             layers=number("num_hidden_layers"),
             heads=heads,
-            kv_heads=heads if hf.get("num_key_value_heads") is None else number("num_key_value_heads"),
-            head_dim=embed // heads if hf.get("head_dim") is None else number("head_dim"),
+            kv_heads=number("num_key_value_heads", heads if llama else None),
+            head_dim=number("head_dim", None if family == "qwen3" else embed // heads),
             mlp=number("intermediate_size"),
             max_position=max_position,
-            norm_eps=number("rms_norm_eps"),
+            norm_eps=number("norm_epsilon" if family == "starcoder2" else "rms_norm_eps"),
             rope_theta=theta,
             rope_scaling=scaling,
-            tie_embeddings=hf.get("tie_word_embeddings", False),
+            tie_embeddings=hf.get("tie_word_embeddings", family == "starcoder2"),
+            sliding_window=_window_from_hf(hf, family),
+            **FAMILIES[family] | biases,
         )
 
 
+# What each family is, beside its sizes, by model_type of config.json; a GGUF architecture of that name is the same.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {"qkv_bias": True},
+    "qwen3": {"qk_norm": True},
+    "starcoder2": {
+        "norm": "layer",
+        "activation": "gelu_tanh",
+        "qkv_bias": True,
+        "o_bias": True,
+        "mlp_bias": True,
+    },
+}
+# Fields of config.json and the values that this model computes; the first is what a missing field stands for.
+_ONLY = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "partial_rotary_factor": (1.0, None),
+    "pretraining_tp": (1, None),
+    "quantization_config": (None,),
+}
+_ONLY_OF = {
+    "llama": {"attention_bias": (False, True, None), "mlp_bias": (False, True, None), "sliding_window": (None,)},
+    "mistral": {},
+    "qwen2": {"attention_bias": (True, None)},
+    "qwen3": {"attention_bias": (False, True, None)},
+    "starcoder2": {
+        "hidden_act": ("gelu_pytorch_tanh",),
+        "activation_function": ("gelu_pytorch_tanh", None),
+        "norm_type": ("layer_norm",),
+        "mlp_type": ("default",),
+        "use_bias": (True, False),
+        "scale_attn_weights": (True,),
+    },
+}
+
+
 def _number(where: str, source: dict[str, Any], name: str, default: float | None = None) -> Any:
-    """A positive number. Raises InputError naming the field."""
-    value = source.get(name, default)
+    """A positive number; null is as good as nothing. Raises InputError naming the field."""
+    value = default if source.get(name) is None else source[name]
     if value is None:
         raise InputError(f"{where}: the field {name!r} is missing")
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
         raise InputError(f"{where}: {name} = {value!r} is not possible; accepted: a positive number")
     return value
+
+
+def _window_from_hf(hf: dict[str, Any], family: str) -> int | None:
+    # Qwen turns it on by a flag, for the layers from `max_window_layers` on; newer files list every layer's kind.
+    if family in ("qwen2", "qwen3"):
+        if hf.get("use_sliding_window", False) not in (False, True):
+            raise InputError(f"config.json: use_sliding_window = {hf['use_sliding_window']!r}; accepted: true or false")
+        layers = _number("config.json", hf, "num_hidden_layers")
+        windowed = hf.get("use_sliding_window", False) and hf.get("sliding_window") is not None
+        kinds = hf.get("layer_types")
+        if kinds is None:
+            full = hf.get("max_window_layers", 28) if windowed else layers
+            kinds = ["full_attention" if i < full else "sliding_attention" for i in range(layers)]
+            named = f"max_window_layers = {full}"
+        else:
+            named = "layer_types"
+        if kinds == ["full_attention"] * layers:
+            return None
+        if kinds != ["sliding_attention"] * layers or not windowed:
+            raise InputError(
+                f"config.json: {named} is not supported with use_sliding_window = {hf.get('use_sliding_window')!r}; "
+                "accepted: one kind of attention in all layers"
+            )
+    elif hf.get("layer_types") is not None:
+        raise InputError(f"config.json: layer_types is not supported in a {family}")
+    # transformers gives a Mistral without the field this window.
+    window = hf.get("sliding_window", 4096 if family == "mistral" else None)
+    if window is None:
+        return None
+    return _number("config.json", {"sliding_window": window}, "sliding_window")
 
 
 def _rope_from_hf(hf: dict[str, Any], max_position: int) -> tuple[float, RopeScaling | None]:
@@ -212,6 +329,20 @@ def _rope_from_gguf(get) -> RopeScaling | None:
     if kind == "linear":
         return RopeScaling(kind="linear", factor=factor)
     raise InputError(f"GGUF rope scaling type {kind!r} is not supported; accepted: none, linear")
+
+
+def _llama3_from_factors(factors: Sequence[float], theta: float, original: int) -> RopeScaling:
+    # A GGUF has no fields for the llama3 scaling, but what it comes to, frequency by frequency. The largest is the
+    # factor; the rest tells whether the other three numbers are those of every published model.
+    made = RopeScaling(kind="llama3", factor=float(max(factors)), original_max_position=int(original))
+    plain = [theta ** -(i / len(factors)) for i in range(len(factors))]
+    found = [math.inf if f == 0 else f for f in factors]
+    if any(abs(p / made.scaled(p) - f) > 1e-3 * f for p, f in zip(plain, found)):
+        raise InputError(
+            "GGUF: rope_freqs.weight does not hold the factors of a llama3 scaling; accepted: those of "
+            f"low_freq_factor 1, high_freq_factor 4, original length {original}"
+        )
+    return made
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -308,6 +439,8 @@ class ModelStart:
     # vocabulary is trained on the data
 
     def __post_init__(self):
+        from msn_jax.shapes import SHAPES  # here, since it is made of ModelConfig
+
         _check(
             self,
             "model.",
@@ -435,54 +568,4 @@ SECTIONS = {
     "train": TrainConfig,
     "mesh": MeshConfig,
     "lora": LoraConfig,
-}
-
-# Shapes that can be planned and sized without a checkpoint (published configs of the named models).
-SHAPES = {
-    "smollm2-135m": ModelConfig(
-        vocab_size=49152,
-        embed=576,
-        layers=30,
-        heads=9,
-        kv_heads=3,
-        head_dim=64,
-        mlp=1536,
-        max_position=8192,
-        rope_theta=1e5,
-        tie_embeddings=True,
-    ),
-    "llama-3-8b": ModelConfig(
-        vocab_size=128256,
-        embed=4096,
-        layers=32,
-        heads=32,
-        kv_heads=8,
-        head_dim=128,
-        mlp=14336,
-        max_position=8192,
-        rope_theta=5e5,
-    ),
-    "deepseek-coder-6.7b": ModelConfig(
-        vocab_size=32256,
-        embed=4096,
-        layers=32,
-        heads=32,
-        kv_heads=32,
-        head_dim=128,
-        mlp=11008,
-        max_position=16384,
-        norm_eps=1e-6,
-        rope_theta=1e5,
-        rope_scaling=RopeScaling(kind="linear", factor=4.0),
-    ),
-    "1b": ModelConfig(
-        vocab_size=32768,
-        embed=2048,
-        layers=16,
-        heads=32,
-        kv_heads=8,
-        head_dim=64,
-        mlp=8192,
-        max_position=8192,
-    ),
 }

@@ -22,7 +22,7 @@ from msn_jax.model import (
     attention,
     block,
     causal_attention,
-    rms_norm,
+    norm,
     rope_angles,
     unembed,
 )
@@ -66,13 +66,17 @@ def two_streams(
 
     segments = batch["segment_ids"]
     seen = (jnp.arange(x.shape[1]) <= at[..., None]) & (segments[:, None] == of_anchor(segments)[..., None])
+    seen = jnp.repeat(seen, J, axis=1)
+    if cfg.sliding_window is not None:
+        places = (at[..., None] + 1 + jnp.arange(J)).reshape(B, A * J)
+        seen &= places[..., None] - jnp.arange(x.shape[1]) < cfg.sliding_window
     own = np.kron(np.eye(A), np.tril(np.ones((J, J)))) > 0  # its own chain of noise, up to itself
-    mask = jnp.concatenate([jnp.repeat(seen, J, axis=1), jnp.broadcast_to(own, (B, A * J, A * J))], axis=2)
+    mask = jnp.concatenate([seen, jnp.broadcast_to(own, (B, A * J, A * J))], axis=2)
 
     def one_layer(streams, layer_adapter):
         layer, low_rank = layer_adapter
         x, noise = streams
-        clean = lambda q, k, v: causal_attention(q, k, v, segments)
+        clean = lambda q, k, v: causal_attention(q, k, v, segments, cfg.sliding_window)
         x, (k, v) = block(cfg, layer, x, *angles, clean)
 
         def to_both(q, noise_k, noise_v):
@@ -83,8 +87,8 @@ def two_streams(
         return (x, noise), None
 
     (x, noise), _ = jax.lax.scan(REMAT[remat](one_layer), (x, noise), (params.layers, adapter.layers))
-    norm = partial(rms_norm, scale=params.final_norm, eps=cfg.norm_eps)
-    return norm(x), norm(noise).reshape(B, A, J, -1)
+    normed = partial(norm, scale=params.final_norm, bias=params.final_norm_bias, eps=cfg.norm_eps)
+    return normed(x), normed(noise).reshape(B, A, J, -1)
 
 
 def draft_loss_sums(

@@ -21,7 +21,7 @@ from msn_jax.config import LINEAR_MAPS, InputError, LoraConfig, ModelConfig
 from msn_jax.model import HIGHEST, ArraySpec, DraftAdapter, Layer, LowRank, Params, declare
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter.safetensors"
-_OUTPUTS = {"qkv": 3, "o": 1, "gate_up": 2, "down": 1}  # leading axes of each map's weight that are its output
+_INPUTS = {"qkv": 1, "o": 2, "gate_up": 1, "down": 1}  # last axes of each map's weight that are its input
 
 
 def declare_adapter(cfg: ModelConfig, lora: LoraConfig, noise_length: int = 0) -> Layer | DraftAdapter:
@@ -34,7 +34,8 @@ def declare_adapter(cfg: ModelConfig, lora: LoraConfig, noise_length: int = 0) -
     def one(name: str) -> LowRank | None:
         if name not in lora.targets:
             return None
-        spec, outs = getattr(layer, name), 1 + _OUTPUTS[name]
+        spec = getattr(layer, name)
+        outs = len(spec.shape) - _INPUTS[name]
         return LowRank(
             a=ArraySpec((cfg.layers, lora.rank, *spec.shape[outs:]), (None, None, *spec.axes[outs:])),
             b=ArraySpec((*spec.shape[:outs], lora.rank), (*spec.axes[:outs], None)),

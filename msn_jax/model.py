@@ -1,4 +1,4 @@
-"""The LLaMA family as pure functions over pytrees.
+"""LLaMA and its neighbours as pure functions over pytrees; what tells the families apart are fields of ModelConfig.
 
 Shape key: B batch, T tokens in this call, S cache slots, D embed, N query heads, K kv heads, G = N/K,
 H head_dim, F mlp, V vocab, L layers.
@@ -37,10 +37,11 @@ REMAT = {
 
 @dataclasses.dataclass(frozen=True)
 class ArraySpec:
-    """One tensor: its shape and logical axes (None: never split)."""
+    """One tensor: its shape, logical axes (None: never split), and how it starts."""
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
+    init: str = "normal"  # normal, zeros, ones
 
 
 @struct.dataclass
@@ -49,8 +50,17 @@ class Layer:
     qkv: Array  # [K, G+2, H, D]: by kv head its query heads, its key, its value, so that it splits over K
     o: Array  # [D, N, H]
     mlp_norm: Array  # [D]
-    gate_up: Array  # [2, F, D]
+    gate_up: Array  # [2, F, D]; without a gate [F, D]
     down: Array  # [D, F]
+    # What only some families have; None elsewhere.
+    attn_norm_bias: Array | None = None  # [D]
+    qkv_bias: Array | None = None  # [K, G+2, H]
+    q_norm: Array | None = None  # [H]
+    k_norm: Array | None = None  # [H]
+    o_bias: Array | None = None  # [D]
+    mlp_norm_bias: Array | None = None  # [D]
+    gate_up_bias: Array | None = None  # [2, F] or [F]
+    down_bias: Array | None = None  # [D]
 
 
 @struct.dataclass
@@ -61,6 +71,7 @@ class Params:
     layers: tuple[Layer, ...] | Layer
     final_norm: Array  # [D]
     unembed: Array | None  # [V, D]; None where it is tied to embed
+    final_norm_bias: Array | None = None  # [D]
 
 
 @struct.dataclass
@@ -92,22 +103,33 @@ class KVCache:
 def declare(cfg: ModelConfig, stacked: bool = False) -> Params:
     """Params with an ArraySpec for every tensor; stacked as for training, or one Layer after the other."""
     D, N, K, H, F, V = cfg.embed, cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.mlp, cfg.vocab_size
-    norm = ArraySpec((D,), (None,))
+    maps, split = ((2,), (None,)) if cfg.activation == "swiglu" else ((), ())  # gate and up, or up alone
+    scale, head_scale = ArraySpec((D,), (None,), "ones"), ArraySpec((H,), (None,), "ones")
+    bias = lambda wanted, shape=(D,), axes=(None,): ArraySpec(shape, axes, "zeros") if wanted else None
     layer = Layer(
-        attn_norm=norm,
+        attn_norm=scale,
         qkv=ArraySpec((K, cfg.group + 2, H, D), ("kv_heads", None, None, "embed")),
         o=ArraySpec((D, N, H), ("embed", "heads", None)),
-        mlp_norm=norm,
-        gate_up=ArraySpec((2, F, D), (None, "mlp", "embed")),
+        mlp_norm=scale,
+        gate_up=ArraySpec((*maps, F, D), (*split, "mlp", "embed")),
         down=ArraySpec((D, F), ("embed", "mlp")),
+        attn_norm_bias=bias(cfg.norm == "layer"),
+        qkv_bias=bias(cfg.qkv_bias, (K, cfg.group + 2, H), ("kv_heads", None, None)),
+        q_norm=head_scale if cfg.qk_norm else None,
+        k_norm=head_scale if cfg.qk_norm else None,
+        o_bias=bias(cfg.o_bias),
+        mlp_norm_bias=bias(cfg.norm == "layer"),
+        gate_up_bias=bias(cfg.mlp_bias, (*maps, F), (*split, "mlp")),
+        down_bias=bias(cfg.mlp_bias),
     )
     vocab = ArraySpec((V, D), ("vocab", "embed"))
-    stack = lambda s: ArraySpec((cfg.layers, *s.shape), (None, *s.axes))
+    stack = lambda s: ArraySpec((cfg.layers, *s.shape), (None, *s.axes), s.init)
     return Params(
         embed=vocab,
         layers=jax.tree.map(stack, layer) if stacked else (layer,) * cfg.layers,
-        final_norm=norm,
+        final_norm=scale,
         unembed=None if cfg.tie_embeddings else vocab,
+        final_norm_bias=bias(cfg.norm == "layer"),
     )
 
 
@@ -122,12 +144,12 @@ def parameter_count(specs) -> int:
 
 
 def init(key: Array, cfg: ModelConfig, dtype=jnp.float32) -> Params:
-    """Random weights: norms at one, the rest normal with standard deviation 1/sqrt(fan in)."""
+    """Random weights: norms at one, biases at zero, the rest normal with standard deviation 1/sqrt(fan in)."""
     leaves, treedef = jax.tree.flatten(declare(cfg))
 
     def one(key, spec: ArraySpec):
-        if len(spec.shape) == 1:
-            return jnp.ones(spec.shape, dtype)
+        if spec.init != "normal":
+            return jnp.full(spec.shape, spec.init == "ones", dtype)
         std = 1 / math.sqrt(math.prod(spec.shape) / spec.shape[0] if spec.axes[0] == "embed" else cfg.embed)
         return (std * jax.random.normal(key, spec.shape)).astype(dtype)
 
@@ -202,9 +224,13 @@ def linear(x: Array, w: Array, in_dims: int = 1, dtype=None) -> Array:
     return jax.lax.platform_dependent(x, w, cpu=weight_left, default=weight_right)
 
 
-def adapted(x: Array, w: Array, low_rank: LowRank | None, gate: Array | None, in_dims: int = 1) -> Array:
-    """`linear` with what an adapter adds to it, where `gate` [B, T] is on (None: everywhere)."""
+def adapted(
+    x: Array, w: Array, bias: Array | None, low_rank: LowRank | None, gate: Array | None, in_dims: int = 1
+) -> Array:
+    """`linear` with its bias, and with what an adapter adds to it where `gate` [B, T] is on (None: everywhere)."""
     y = linear(x, w, in_dims)
+    if bias is not None:
+        y = y + bias
     if low_rank is None:
         return y
     hidden = linear(x, low_rank.a.astype(x.dtype), in_dims) * jnp.asarray(low_rank.scale, x.dtype)
@@ -213,25 +239,21 @@ def adapted(x: Array, w: Array, low_rank: LowRank | None, gate: Array | None, in
     return y + linear(hidden, low_rank.b.astype(x.dtype))
 
 
-def rms_norm(x: Array, scale: Array, eps: float) -> Array:
-    """Root mean square norm over the last axis, in float32."""
+def norm(x: Array, scale: Array, bias: Array | None, eps: float) -> Array:
+    """Over the last axis, in float32: LayerNorm with a bias, root mean square norm where it is None."""
     x32 = x.astype(jnp.float32)
+    if bias is not None:
+        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (x32 * scale.astype(jnp.float32)).astype(x.dtype)
+    x32 = x32 * scale.astype(jnp.float32)
+    return (x32 if bias is None else x32 + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 def rope_frequencies(cfg: ModelConfig) -> np.ndarray:
     """Radians a position turns each of the H/2 pairs, with the config's scaling. float32[H/2]."""
     freq = cfg.rope_theta ** -(np.arange(0, cfg.head_dim, 2, dtype=np.float64) / cfg.head_dim)
-    scaling = cfg.rope_scaling
-    if scaling is not None and scaling.kind == "linear":
-        freq = freq / scaling.factor
-    elif scaling is not None:
-        # Llama 3.1: long wavelengths are stretched, short ones kept, those between blended.
-        turns = scaling.original_max_position * freq / (2 * math.pi)
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        kept = np.clip((turns - low) / (high - low), 0, 1)
-        freq = freq * (kept + (1 - kept) / scaling.factor)
+    if cfg.rope_scaling is not None:
+        freq = np.array([cfg.rope_scaling.scaled(f) for f in freq])
     return freq.astype(np.float32)
 
 
@@ -249,13 +271,20 @@ def rope(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def attention(
-    q: Array, k: Array, v: Array, mask: Array, cached: tuple[Array, Array] | None = None, length: Array | None = None
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Array,
+    cached: tuple[Array, Array] | None = None,
+    length: Array | None = None,
+    oldest: Array | None = None,
 ) -> Array:
     """Grouped-query attention of queries over the keys of their own call and over a cache.
 
     q [B, T, K, G, H]; k, v [B, K, U, H]; mask bool [1 or B, T, U]; cached k, v [B, K, S, H], valid below
-    length [B]. Returns [B, T, N, H]. The two score blocks share one softmax without being joined, and the sum of
-    values is divided last: at S = 512 on CPU that takes 0.65 of the time of a concatenation.
+    length [B], and from slot oldest [B, T] on for each query (None: from the first). Returns [B, T, N, H]. The two
+    score blocks share one softmax without being joined, and the sum of values is divided last: at S = 512 on CPU
+    that takes 0.65 of the time of a concatenation.
     """
     B, T, K, G, H = q.shape
     dot = partial(
@@ -272,8 +301,11 @@ def attention(
     scores = jnp.where(mask, scores_of(rows, k), MASKED)
     top = scores.max(axis=-1, keepdims=True)
     if cached is not None:
-        valid = jnp.arange(cached[0].shape[2]) < length[:, None]
-        past = jnp.where(valid[:, None, None], scores_of(rows, cached[0].astype(q.dtype)), MASKED)
+        slots = jnp.arange(cached[0].shape[2])
+        valid = (slots < length[:, None])[:, None, None]
+        if oldest is not None:
+            valid &= slots >= jnp.repeat(oldest, G, axis=1)[:, None, :, None]
+        past = jnp.where(valid, scores_of(rows, cached[0].astype(q.dtype)), MASKED)
         top = jnp.maximum(top, past.max(axis=-1, keepdims=True))
     top = jax.lax.stop_gradient(top)  # it cancels out
     weights = jnp.exp(scores - top)
@@ -287,21 +319,26 @@ def attention(
     return out.transpose(0, 2, 1, 3, 4).reshape(B, T, K * G, H)
 
 
-def causal_attention(q: Array, k: Array, v: Array, segments: Array | None) -> Array:
+def causal_attention(q: Array, k: Array, v: Array, segments: Array | None, window: int | None = None) -> Array:
     """Attention of each token over itself and those before it in its segment. Shapes as in `attention`, T = U.
 
     Rows go in four blocks or more, each over the keys up to its end: no T x T scores exist at one time, and those
-    with what comes later are never computed (0.55 of the time at T = 512 on CPU).
+    with what comes later are never computed (0.55 of the time at T = 512 on CPU), nor those with blocks that lie
+    before every query's window.
     """
     T = q.shape[1]
     at = jnp.arange(T)
     size = min(max(T // 4, QUERY_BLOCK[0]), QUERY_BLOCK[1])
 
     def rows(start: int, end: int) -> Array:
-        mask = (at[start:end, None] >= at[None, :end])[None]
+        # Whole blocks of keys, so that the slice stays aligned.
+        first = 0 if window is None else max(start - window + 1, 0) // QUERY_BLOCK[0] * QUERY_BLOCK[0]
+        mask = (at[start:end, None] >= at[None, first:end])[None]
+        if window is not None:
+            mask &= at[start:end, None] - at[None, first:end] < window
         if segments is not None:
-            mask &= segments[:, start:end, None] == segments[:, None, :end]
-        return attend(q[:, start:end], k[:, :, :end], v[:, :, :end], mask)
+            mask &= segments[:, start:end, None] == segments[:, None, first:end]
+        return attend(q[:, start:end], k[:, :, first:end], v[:, :, first:end], mask)
 
     attend = attention if T <= size else jax.checkpoint(attention)
     blocks = [rows(start, min(start + size, T)) for start in range(0, T, size)]
@@ -316,14 +353,23 @@ def block(
     attend: (q, k, v) -> [B, T, N, H], who sees whom. adapter: a Layer of LowRank or None by linear map.
     """
     part = lambda name: getattr(adapter, name, None)
-    qkv = adapted(rms_norm(x, layer.attn_norm, cfg.norm_eps), layer.qkv, part("qkv"), gate)
-    qk = rope(qkv[..., :-1, :], cos, sin)
+    h = norm(x, layer.attn_norm, layer.attn_norm_bias, cfg.norm_eps)
+    qkv = adapted(h, layer.qkv, layer.qkv_bias, part("qkv"), gate)
+    qk = qkv[..., :-1, :]
+    if cfg.qk_norm:
+        scale = jnp.stack([layer.q_norm] * cfg.group + [layer.k_norm])
+        qk = norm(qk, scale, None, cfg.norm_eps)
+    qk = rope(qk, cos, sin)
     q, k, v = qk[..., :-1, :], qk[..., -1, :].transpose(0, 2, 1, 3), qkv[..., -1, :].transpose(0, 2, 1, 3)
     a = attend(q, k, v)
-    x = x + constrain(adapted(a, layer.o, part("o"), gate, in_dims=2), "batch", None, None)
-    gate_up = adapted(rms_norm(x, layer.mlp_norm, cfg.norm_eps), layer.gate_up, part("gate_up"), gate)
-    h = jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
-    x = x + constrain(adapted(h, layer.down, part("down"), gate), "batch", None, None)
+    x = x + constrain(adapted(a, layer.o, layer.o_bias, part("o"), gate, in_dims=2), "batch", None, None)
+    h = norm(x, layer.mlp_norm, layer.mlp_norm_bias, cfg.norm_eps)
+    gate_up = adapted(h, layer.gate_up, layer.gate_up_bias, part("gate_up"), gate)
+    if cfg.activation == "swiglu":
+        h = jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
+    else:
+        h = jax.nn.gelu(gate_up, approximate=True)  # by tanh
+    x = x + constrain(adapted(h, layer.down, layer.down_bias, part("down"), gate), "batch", None, None)
     return x, (k, v)
 
 
@@ -348,9 +394,11 @@ def forward(
     """Run the decoder over tokens [B, T] at positions [B, T].
 
     mask: which of this call's tokens each one sees, bool [T, T] or [B, T, T]; None is causal, and inside its own
-    segment where `segments` int32[B, T] are given. Everything in `cache` below its length is seen as well. The cache
-    is only read: the k, v [B, K, T, H] of this call come back, a pair for each layer (of stacked layers one pair
-    [L, B, K, T, H]), and `write_cache` stores what is to be kept.
+    segment where `segments` int32[B, T] are given. Everything in `cache` below its length is seen as well. What
+    stands cfg.sliding_window positions or more before a token is hidden from it: by `positions` where there is a
+    mask or a cache, by index where there is neither. The cache is only read: the k, v [B, K, T, H] of this call come
+    back, a pair for each layer (of stacked layers one pair [L, B, K, T, H]), and `write_cache` stores what is to be
+    kept.
     adapter: LowRank matrices in place of a Layer's linear maps (see lora.py), added where gate [B, T] is above 0. For
     a DraftAdapter the gate is the noise depth of each token, up to J, and picks its embedding.
     remat: what the backward pass of stacked layers recomputes, see TrainConfig.
@@ -364,11 +412,17 @@ def forward(
         noise = adapter.noise_embed.astype(x.dtype)[jnp.maximum(gate - 1, 0)]
         x, adapter = jnp.where(gate[..., None] > 0, noise, x), adapter.layers
     gate = None if gate is None else gate > 0
+    window, oldest = cfg.sliding_window, None
     if mask is None and cache is None:
-        attend = partial(causal_attention, segments=segments)
+        attend = partial(causal_attention, segments=segments, window=window)
     else:
         mask = causal_mask(tokens.shape[1]) if mask is None else jnp.asarray(mask)
-        attend = partial(attention, mask=mask if mask.ndim == 3 else mask[None])
+        mask = mask if mask.ndim == 3 else mask[None]
+        if window is not None:
+            # Positions, not indices: those of a tree's nodes are their depths.
+            oldest = jnp.broadcast_to(positions, tokens.shape) - (window - 1)
+            mask &= positions[:, None, :] >= oldest[:, :, None]
+        attend = partial(attention, mask=mask)
 
     if isinstance(params.layers, Layer):
         if cache is not None:
@@ -378,14 +432,14 @@ def forward(
             return block(cfg, layer_adapter[0], x, cos, sin, attend, layer_adapter[1], gate)
 
         x, new = jax.lax.scan(REMAT[remat](scanned), x, (params.layers, adapter))
-        return rms_norm(x, params.final_norm, cfg.norm_eps), new
+        return norm(x, params.final_norm, params.final_norm_bias, cfg.norm_eps), new
 
     new = []
     for i, layer in enumerate(params.layers):
-        past = {} if cache is None else {"cached": (cache.k[i], cache.v[i]), "length": cache.length}
+        past = {} if cache is None else {"cached": (cache.k[i], cache.v[i]), "length": cache.length, "oldest": oldest}
         x, kv = block(cfg, layer, x, cos, sin, partial(attend, **past), adapter and adapter[i], gate)
         new.append(kv)
-    return rms_norm(x, params.final_norm, cfg.norm_eps), tuple(new)
+    return norm(x, params.final_norm, params.final_norm_bias, cfg.norm_eps), tuple(new)
 
 
 def unembed(params: Params, cfg: ModelConfig, hidden: Array) -> Array:

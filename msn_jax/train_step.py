@@ -14,7 +14,7 @@ from flax import struct
 from jax import Array
 from jax.sharding import Mesh
 
-from msn_jax.config import ModelConfig, NoiseConfig, RunConfig, TrainConfig
+from msn_jax.config import LINEAR_MAPS, ModelConfig, NoiseConfig, RunConfig, TrainConfig
 from msn_jax.draft_loss import draft_loss_sums, draw_anchors
 from msn_jax.lora import declare_adapter, init_adapter
 from msn_jax.model import ArraySpec, DraftAdapter, Layer, Params, declare, forward, init, shaped, stack_layers, unembed
@@ -62,7 +62,9 @@ def learning_rate(train: TrainConfig) -> optax.Schedule:
 
 def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
     """AdamW behind a clip of the global norm; weight decay for the linear maps alone."""
-    is_linear = lambda params: jax.tree.map(lambda p: p.ndim > 2, params)  # norms are [L, D], the tables [V, D]
+    # By name: stacked, a bias can have as many axes as a matrix. Of an adapter the name leads to its two factors.
+    named = lambda path: any(getattr(key, "name", None) in LINEAR_MAPS for key in path)
+    is_linear = partial(jax.tree_util.tree_map_with_path, lambda path, _: named(path))
     decay = partial(optax.adamw, weight_decay=train.weight_decay, mask=is_linear)
     return optax.chain(optax.clip_by_global_norm(train.clip_norm), decay(learning_rate(train), b1=0.9, b2=train.beta2))
 
@@ -133,7 +135,6 @@ def token_scores(
         x = jnp.pad(x, ((0, 0), (0, parts * chunk - T)) + ((0, 0),) * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(B, parts, chunk, *x.shape[2:]), 1, 0)
 
-    @jax.checkpoint
     def score(hidden, labels, counts):
         logits = constrain(unembed(params, cfg, hidden), "batch", None, "vocab")
         label = jnp.take_along_axis(logits, labels[..., None], axis=-1)
@@ -144,9 +145,9 @@ def token_scores(
     def nothing(hidden, labels, counts):
         return jnp.zeros(labels.shape), jnp.zeros_like(labels)
 
-    scores = jax.lax.map(
-        lambda part: jax.lax.cond(part[2].any(), score, nothing, *part), (split(hidden), split(labels), split(counts))
-    )
+    # Computed again as a whole: with the condition outside, each chunk would keep a copy of the table for its branch.
+    one = jax.checkpoint(lambda part: jax.lax.cond(part[2].any(), score, nothing, *part))
+    scores = jax.lax.map(one, (split(hidden), split(labels), split(counts)))
     places = jnp.argsort(order, axis=1)
     return jax.tree.map(
         lambda x: jnp.take_along_axis(jnp.moveaxis(x, 0, 1).reshape(B, parts * chunk), places, axis=1), scores

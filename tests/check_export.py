@@ -1,7 +1,7 @@
 """Compare an exported directory in torch transformers with ours: the same logits, the same tokenizer.
 
     python tests/check_export.py --ckpt DIR --torch_python TORCH_VENV/bin/python
-    python tests/check_export.py --torch_python TORCH_VENV/bin/python      # three tiny random models, exported first
+    python tests/check_export.py --torch_python TORCH_VENV/bin/python      # tiny models of each family, exported first
 
 TORCH_VENV holds torch and transformers; this package never needs them. Not run by CI. Exits with 1 where float32
 logits differ by more than 2e-5 of the largest (1e-4 where that is 5), or where token ids differ.
@@ -65,25 +65,30 @@ def compare(ckpt: Path, torch_python: str) -> bool:
 
 
 def export_tiny(folder: Path) -> list[Path]:
-    """Random models: tied, in shards; untied with llama3 rope and a head_dim of its own; linear rope."""
+    """Random models: tied, in shards; llama3 rope and a head_dim of its own; linear rope; the other families."""
     import jax
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     from msn_jax import ModelConfig, init
-    from msn_jax.config import RopeScaling
+    from msn_jax.config import FAMILIES, RopeScaling
     from msn_jax.io.export import export_hf
 
-    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(61)}, unk_token="t0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t1")
-    shape = dict(vocab_size=61, embed=32, layers=3, heads=4, kv_heads=2, mlp=48, max_position=160)
+    # Bytes alone: transformers splits a Qwen2's text as Qwen2 does, whatever its tokenizer.json says.
+    spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    letters = Tokenizer(models.BPE({letter: i for i, letter in enumerate(sorted(spell.alphabet()))}, []))
+    letters.pre_tokenizer, letters.decoder = spell, decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="<|endoftext|>")
+    shape = dict(vocab_size=257, embed=32, layers=3, heads=4, kv_heads=2, mlp=48, max_position=160)
     llama3 = RopeScaling(kind="llama3", factor=8.0, original_max_position=32)
     cfgs = {
         "tied": ModelConfig(**shape, head_dim=8, tie_embeddings=True),
         "llama3": ModelConfig(**shape, head_dim=16, rope_theta=100.0, rope_scaling=llama3, norm_eps=1e-6),
         "linear": ModelConfig(**shape, head_dim=8, rope_scaling=RopeScaling(kind="linear", factor=4.0)),
+        "biases": ModelConfig(**shape, head_dim=8, qkv_bias=True, o_bias=True, mlp_bias=True),
     }
+    for family in FAMILIES.keys() - {"llama"}:
+        cfgs[family] = ModelConfig(**shape, head_dim=8, sliding_window=8, **FAMILIES[family])
     for name, cfg in cfgs.items():
         key, noise = jax.random.split(jax.random.key(0))
         params = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(noise, a.shape), init(key, cfg))  # noqa: B023

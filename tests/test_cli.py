@@ -111,6 +111,12 @@ def test_a_bad_row_is_named_by_its_line(tmp_path, line, named):
         decode.read_prompts(str(path), "auto")
 
 
+def test_messages_of_tools_are_left_to_the_template():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+    messages = [{"role": "user", "content": "1+1"}, call, {"role": "tool", "content": "2"}]
+    assert decode.row_prompt({"messages": messages}, "", "auto") == messages
+
+
 @pytest.mark.parametrize(
     "args, named",
     [

