@@ -399,7 +399,7 @@ def forward(
     mask or a cache, by index where there is neither. The cache is only read: the k, v [B, K, T, H] of this call come
     back, a pair for each layer (of stacked layers one pair [L, B, K, T, H]), and `write_cache` stores what is to be
     kept.
-    adapter: LowRank matrices in place of a Layer's linear maps (see lora.py), added where gate [B, T] is above 0. For
+    adapter: LowRank matrices in place of a Layer's linear maps (see lora.py), added where gate [B, T] is not 0. For
     a DraftAdapter the gate is the noise depth of each token, up to J, and picks its embedding.
     remat: what the backward pass of stacked layers recomputes, see TrainConfig.
 
@@ -411,7 +411,7 @@ def forward(
     if isinstance(adapter, DraftAdapter):
         noise = adapter.noise_embed.astype(x.dtype)[jnp.maximum(gate - 1, 0)]
         x, adapter = jnp.where(gate[..., None] > 0, noise, x), adapter.layers
-    gate = None if gate is None else gate > 0
+    gate = None if gate is None else gate.astype(bool)
     window, oldest = cfg.sliding_window, None
     if mask is None and cache is None:
         attend = partial(causal_attention, segments=segments, window=window)

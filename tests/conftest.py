@@ -1,12 +1,20 @@
 """Shared fixtures. SmolLM2 is loaded once; the tiny models are the golden checkpoints."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile much and run little: without LLVM's optimisation they take 0.7 of the time.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# What one worker, or a script that a test starts, has compiled, the others read. A bound on its size makes jax lock
+# the folder, without which two processes could meet over half an entry.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED = tempfile.mkdtemp(prefix="msn_jax_tests_")
+    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(2**31)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +27,11 @@ from msn_jax.decode import init_state, prefill, run
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 GOLDENS = Path(__file__).parent / "goldens"
+
+
+def pytest_unconfigure():
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(COMPILED, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -61,6 +61,8 @@ def test_rows_of_a_file_in_order(run, tmp_path):
         10,
         "--batch_size",
         2,
+        "--tree",
+        "chain4",
     )
     results = [json.loads(line) for line in out.read_text().splitlines()]
     assert [r["id"] for r in results] == ["raw", 7, 2]
@@ -75,7 +77,7 @@ def test_rows_of_a_file_in_order(run, tmp_path):
 
 def test_html_page_is_written_whole(run, tmp_path):
     page = tmp_path / "page.html"
-    run("--prompt", "Say <b> & 雪.", "--max_new_tokens", 8, "--html", page)
+    run("--prompt", "Say <b> & 雪.", "--max_new_tokens", 8, "--tree", "chain4", "--html", page)
     text = page.read_text(encoding="utf-8")
     assert text.rstrip().endswith("</html>") and "Say &lt;b&gt; &amp; 雪." in text
     assert list(tmp_path.iterdir()) == [page]

@@ -37,13 +37,22 @@ def _hf_name(name: str, architecture: str | None) -> str:
     return f"{_TOP[stem]}.{kind}" if stem in _TOP else name
 
 
+class _Reader(GGUFReader):
+    """Reads each string of the vocabulary through a plain array: by way of np.memmap that takes twice as long."""
+
+    def _get(self, *args, **kwargs):
+        if isinstance(self.data, np.memmap):
+            self.data = self.data.view(np.ndarray)
+        return super()._get(*args, **kwargs)
+
+
 class GGUFSource:
     """One GGUF file. Raises InputError where it is not one, or not whole."""
 
     def __init__(self, path: Path):
         self.name = str(path)
         try:
-            reader = GGUFReader(path)
+            reader = _Reader(path)
             self.meta = {key: field.contents() for key, field in reader.fields.items()}
             end = max(t.data_offset + t.n_bytes for t in reader.tensors)
         except Exception as e:  # gguf raises whatever its parsing of damaged bytes runs into
