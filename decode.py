@@ -43,7 +43,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         allow_abbrev=False,  # "--plan" is looked for above, before anything is parsed
     )
     p.add_argument("--ckpt", help=f"checkpoint: {ACCEPTED}")
-    p.add_argument("--adapter", help="directory of a LoRA adapter, merged into the weights")
+    p.add_argument("--adapter", help="directory of an adapter, merged into the weights unless it is draft-only")
     p.add_argument("--tensor", type=int, default=1, help="devices to spread the model over")
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="one prompt; the chat template is applied")

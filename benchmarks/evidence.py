@@ -4,7 +4,7 @@
 
 Arms are those of evidence.yaml, and `untouched`. Each is a normal run of train.py from the same weights, with the same
 rows in the same order; all of it can be cut off and goes on with the same command. The figures go to
-results/ARM-seedS.json, which benchmarks/results.py makes RESULTS.md of.
+results/ARM-seedS.json.
 """
 
 from __future__ import annotations

@@ -110,7 +110,7 @@ def main() -> None:
 
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--ckpt", required=True)
-    p.add_argument("--adapter")
+    p.add_argument("--adapter", help="directory of an adapter, see decode.py")
     p.add_argument("--method", default="tr-jacobi")
     p.add_argument("--tasks", required=True)
     p.add_argument("--num_fewshot", type=int)

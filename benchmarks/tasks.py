@@ -244,7 +244,7 @@ def answer(lm: LM, task: str, items: list[dict], batch_size: int, out: Path | No
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--ckpt", required=True)
-    p.add_argument("--adapter")
+    p.add_argument("--adapter", help="directory of an adapter, see decode.py")
     p.add_argument("--data", type=Path, required=True)
     p.add_argument("--tasks", default="humaneval,mbpp,gsm8k,mmlu")
     p.add_argument("--limit", type=int, help="the first N items of each task")
