@@ -84,7 +84,9 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     data = args.data.resolve()
 
-    result: dict = {"arm": args.arm, "seed": args.seed, **run_record()}
+    # The command without folders, which differ from machine to machine.
+    command = {"command": f"python benchmarks/evidence.py --arm {args.arm} --seed {args.seed}"}
+    result: dict = {"arm": args.arm, "seed": args.seed, **run_record(), **command}
     ckpt = plan["base"]
     if args.arm != "untouched":
         files = [data / "sft" / file for file in plan["sources"]]
@@ -100,7 +102,8 @@ def main() -> None:
     questions = data / "eval" / "spec_bench.dev.jsonl"
     spec = ["--ckpt", ckpt, "--questions", questions, "--limit", plan["questions"], "--methods", plan["methods"]]
     spec += ["--max_new_tokens", plan["max_new_tokens"], "--results", folder / "spec.jsonl"]
-    result["spec_bench"] = json.loads(run("benchmarks/spec_bench.py", *spec))
+    measured = json.loads(run("benchmarks/spec_bench.py", *spec))
+    result["spec_bench"] = {name: measured[name] for name in ("dtype", "seed", "methods", "categories")}
     rows = [row for line in (folder / "spec.jsonl").read_text().splitlines()[1:] for row in json.loads(line)]
     columns = ("question_id", "turn", "category", "method", "tokens", "forwards", "accepted", "rep4_frac")
     result["answers"] = [{column: row[column] for column in columns} for row in rows]
