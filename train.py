@@ -299,9 +299,8 @@ def eval_metrics(scores: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float
     """Of held-out batches: the loss on clean text, and accuracy by noise depth."""
     clean, noisy = (train_step.metrics_of(sum(pair[i] for pair in scores)) for i in (0, 1))
     depths = {f"eval_{name}": value for name, value in noisy.items() if "depth" in name}
-    top1 = (
-        {"eval_top1": clean["top1_clean"]} if "top1_clean" in clean else {}
-    )  # a draft-only run has no clean positions
+    # A draft-only run has no clean positions.
+    top1 = {"eval_top1": clean["top1_clean"]} if "top1_clean" in clean else {}
     return {"eval_loss": clean["loss"]} | top1 | depths
 
 

@@ -7,8 +7,6 @@ predict, without the tokens between, the distribution that the clean model has a
 
 from __future__ import annotations
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +20,8 @@ from msn_jax.model import (
     attention,
     block,
     causal_attention,
-    norm,
+    embed,
+    final_norm,
     rope_angles,
     unembed,
 )
@@ -59,7 +58,7 @@ def two_streams(
     B, A = anchors.shape
     J, at = adapter.noise_embed.shape[0], jnp.maximum(anchors, 0)
     of_anchor = lambda x: jnp.take_along_axis(x, at, axis=1)
-    x = constrain(constrain(params.embed, "vocab", None)[batch["tokens"]], "batch", None, None)
+    x = embed(params, batch["tokens"])
     noise = jnp.broadcast_to(adapter.noise_embed.astype(x.dtype), (B, A, J, x.shape[-1])).reshape(B, A * J, -1)
     positions = (of_anchor(batch["positions"])[..., None] + 1 + jnp.arange(J)).reshape(B, A * J)
     angles, noise_angles = rope_angles(cfg, batch["positions"]), rope_angles(cfg, positions)
@@ -87,8 +86,7 @@ def two_streams(
         return (x, noise), None
 
     (x, noise), _ = jax.lax.scan(REMAT[remat](one_layer), (x, noise), (params.layers, adapter.layers))
-    normed = partial(norm, scale=params.final_norm, bias=params.final_norm_bias, eps=cfg.norm_eps)
-    return normed(x), normed(noise).reshape(B, A, J, -1)
+    return final_norm(params, cfg, x), final_norm(params, cfg, noise).reshape(B, A, J, -1)
 
 
 def draft_loss_sums(
@@ -110,7 +108,7 @@ def draft_loss_sums(
     one time.
     """
     clean, noise = two_streams(params, cfg, adapter, batch, anchors, remat)
-    B, A, J, D = noise.shape
+    B, A, J, _ = noise.shape
     # What noise of depth j stands in for, and whether the reply goes on beyond it without a break.
     places = jnp.minimum(jnp.maximum(anchors, 0)[..., None] + 1 + jnp.arange(J), counts.shape[1] - 1)
     weight = jnp.take_along_axis(counts, places.reshape(B, A * J), axis=1).reshape(B, A, J) & (anchors >= 0)[..., None]

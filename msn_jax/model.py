@@ -249,6 +249,17 @@ def norm(x: Array, scale: Array, bias: Array | None, eps: float) -> Array:
     return (x32 if bias is None else x32 + bias.astype(jnp.float32)).astype(x.dtype)
 
 
+def embed(params: Params, tokens: Array) -> Array:
+    """Rows [B, T, D] of the table for tokens [B, T]."""
+    # The table whole along D, or a lookup over a mesh makes every device hold the rows of the whole batch.
+    return constrain(constrain(params.embed, "vocab", None)[tokens], "batch", None, None)
+
+
+def final_norm(params: Params, cfg: ModelConfig, x: Array) -> Array:
+    """What stands between the last layer and the head."""
+    return norm(x, params.final_norm, params.final_norm_bias, cfg.norm_eps)
+
+
 def rope_frequencies(cfg: ModelConfig) -> np.ndarray:
     """Radians a position turns each of the H/2 pairs, with the config's scaling. float32[H/2]."""
     freq = cfg.rope_theta ** -(np.arange(0, cfg.head_dim, 2, dtype=np.float64) / cfg.head_dim)
@@ -406,8 +417,7 @@ def forward(
     Returns (hidden [B, T, D] after the final norm, new k, v); `unembed` turns hidden rows into logits.
     """
     cos, sin = rope_angles(cfg, positions)
-    # The table whole along D, or a lookup over a mesh makes every device hold the rows of the whole batch.
-    x = constrain(constrain(params.embed, "vocab", None)[tokens], "batch", None, None)
+    x = embed(params, tokens)
     if isinstance(adapter, DraftAdapter):
         noise = adapter.noise_embed.astype(x.dtype)[jnp.maximum(gate - 1, 0)]
         x, adapter = jnp.where(gate[..., None] > 0, noise, x), adapter.layers
@@ -432,14 +442,14 @@ def forward(
             return block(cfg, layer_adapter[0], x, cos, sin, attend, layer_adapter[1], gate)
 
         x, new = jax.lax.scan(REMAT[remat](scanned), x, (params.layers, adapter))
-        return norm(x, params.final_norm, params.final_norm_bias, cfg.norm_eps), new
+        return final_norm(params, cfg, x), new
 
     new = []
     for i, layer in enumerate(params.layers):
         past = {} if cache is None else {"cached": (cache.k[i], cache.v[i]), "length": cache.length, "oldest": oldest}
         x, kv = block(cfg, layer, x, cos, sin, partial(attend, **past), adapter and adapter[i], gate)
         new.append(kv)
-    return norm(x, params.final_norm, params.final_norm_bias, cfg.norm_eps), tuple(new)
+    return final_norm(params, cfg, x), tuple(new)
 
 
 def unembed(params: Params, cfg: ModelConfig, hidden: Array) -> Array:
