@@ -2,9 +2,9 @@
 
     python benchmarks/evidence.py --arm paper --seed 0 --data DIR --runs RUNS
 
-Arms are those of evidence.yaml, and `untouched`. Each is a normal run of train.py from the same weights, with the same
+Arms are those of evidence.yaml. Each but `untouched` is a normal run of train.py from the same weights, with the same
 rows in the same order; all of it can be cut off and goes on with the same command. The figures go to
-results/ARM-seedS.json.
+results/ARM-seedS.json; benchmarks/results.py makes RESULTS.md and plots of them.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from msn_jax import InputError
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
+SECTIONS = {"data", "noise", "train", "lora"}  # of an arm, as in a config of train.py
 KEPT = ("loss", "loss_clean", "loss_noisy", "eval_loss", "eval_top1")  # of metrics.jsonl, and all by noise depth
 
 
@@ -47,14 +48,22 @@ def row_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def train_config(plan: dict, arm: str, seed: int, sources: list[str], out: Path) -> dict:
+def train_config(plan: dict, arm: str, seed: int, sources: list[dict], out: Path) -> dict:
+    """Settings of train.py: `common`, and over it the sections that the arm states."""
     sections = {name: dict(values) for name, values in plan["common"].items()}
-    for name, values in plan["arms"][arm].items():
-        sections[name] = sections.get(name, {}) | values
+    for name in SECTIONS & plan["arms"][arm].keys():
+        sections[name] = sections.get(name, {}) | plan["arms"][arm][name]
     sections["model"] = {"ckpt": plan["base"]}
-    sections["data"] = sections["data"] | {"sources": [{"path": path} for path in sources]}
+    sections["data"] = sections["data"] | {"sources": sources}
     sections["train"] = sections["train"] | {"out": str(out), "seed": seed}
     return sections
+
+
+def own_replies(plan: dict, paths: list[str], out: Path) -> None:
+    """The base's replies to prompts of the sources, all of them or those that are still missing."""
+    settings = {name: value for name, value in plan["own_replies"].items() if name != "sources"}
+    options = [text for name, value in settings.items() for text in (f"--{name}", value)]
+    run("benchmarks/own_responses.py", "--ckpt", plan["base"], "--sources", *paths, *options, "--out", out)
 
 
 def metrics(out: Path) -> list[dict]:
@@ -62,6 +71,57 @@ def metrics(out: Path) -> list[dict]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     wanted = lambda name: name == "step" or name in KEPT or "depth" in name
     return [{name: value for name, value in line.items() if wanted(name)} for line in lines]
+
+
+def train(plan: dict, args: argparse.Namespace, folder: Path) -> dict:
+    """Train an arm in folder/run. Returns what of it belongs into the results."""
+    arm = plan["arms"][args.arm]
+
+    def places(files: dict[str, str | None]) -> list[str]:
+        if args.hub:
+            return [hub for hub in files.values() if hub]
+        return [str(args.data.resolve() / "sft" / file) for file in files]
+
+    sources = [{"path": path} for path in places(plan["sources"])]
+    if "own_replies" in arm:
+        own = args.runs.resolve() / "own.jsonl"
+        own_replies(plan, places(plan["own_replies"]["sources"]), own)
+        sources.append({"path": str(own), "weight": arm["own_replies"]})
+    config = train_config(plan, args.arm, args.seed, sources, folder / "run")
+    (folder / "train.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    run("train.py", "--config", folder / "train.yaml")
+
+    # Without folders, which differ from machine to machine.
+    files = [Path(source["path"]) for source in sources]
+    named = [s | {"path": f.name if f.is_file() else s["path"]} for s, f in zip(sources, files, strict=True)]
+    shown = config | {"data": config["data"] | {"sources": named}, "train": dict(config["train"])}
+    del shown["train"]["out"]
+    hashes = {file.name: row_hash(file) for file in files if file.is_file()}
+    return {"train": shown | {"rows_sha256": hashes}, "metrics": metrics(folder / "run")}
+
+
+def measure_speed(plan: dict, arm: dict, ckpt: str, data: Path, folder: Path) -> dict:
+    questions = data / "eval" / "spec_bench.dev.jsonl"
+    spec = ["--ckpt", ckpt, "--questions", questions, "--limit", plan["questions"]]
+    spec += ["--methods", arm.get("methods", plan["methods"])]
+    spec += ["--max_new_tokens", plan["max_new_tokens"], "--results", folder / "spec.jsonl"]
+    measured = json.loads(run("benchmarks/spec_bench.py", *spec))
+    rows = [row for line in (folder / "spec.jsonl").read_text().splitlines()[1:] for row in json.loads(line)]
+    columns = ("question_id", "turn", "category", "method", "tokens", "forwards", "accepted", "rep4_frac", "outcome")
+    return {
+        "spec_bench": {name: measured[name] for name in ("dtype", "seed", "methods", "categories")},
+        "answers": [{column: row[column] for column in columns} for row in rows],
+    }
+
+
+def measure_tasks(plan: dict, ckpt: str, data: Path, folder: Path) -> dict:
+    options = ["--ckpt", ckpt, "--data", data / "eval", "--tasks", plan["tasks"]["names"]]
+    options += ["--limit", plan["tasks"]["limit"], "--out", folder / "tasks"]
+    tasks = json.loads(run("benchmarks/tasks.py", *options))["tasks"]
+    for task in tasks:
+        kept = [json.loads(line) for line in (folder / "tasks" / f"{task}.jsonl").read_text().splitlines()]
+        tasks[task]["correct_items"] = [row["id"] for row in kept if row["correct"]]
+    return {"tasks": tasks}
 
 
 def main() -> None:
@@ -75,44 +135,24 @@ def main() -> None:
     args = p.parse_args()
 
     plan = yaml.safe_load(args.config.read_text(encoding="utf-8"))
-    if args.arm != "untouched" and args.arm not in plan["arms"]:
-        raise InputError(f"--arm {args.arm}: accepted: untouched, {', '.join(plan['arms'])}")
+    if args.arm not in plan["arms"]:
+        raise InputError(f"--arm {args.arm}: accepted: {', '.join(plan['arms'])}")
     if args.runs.resolve().is_relative_to(ROOT):
         raise InputError(f"--runs {args.runs} lies in the working tree; accepted: a folder outside of it")
-    name = f"{args.arm}-seed{args.seed}"
+    arm, name = plan["arms"][args.arm], f"{args.arm}-seed{args.seed}"
     folder = (args.runs / name).resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    data = args.data.resolve()
 
     # The command without folders, which differ from machine to machine.
     command = {"command": f"python benchmarks/evidence.py --arm {args.arm} --seed {args.seed}"}
     result: dict = {"arm": args.arm, "seed": args.seed, **run_record(), **command}
     ckpt = plan["base"]
-    if args.arm != "untouched":
-        files = [data / "sft" / file for file in plan["sources"]]
-        sources = list(plan["sources"].values()) if args.hub else [str(file) for file in files]
-        config = train_config(plan, args.arm, args.seed, sources, folder / "run")
-        (folder / "train.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-        run("train.py", "--config", folder / "train.yaml")
+    if SECTIONS & arm.keys():
+        result |= train(plan, args, folder)
         ckpt = str(folder / "run")
-        config["data"]["sources"] = list(plan["sources"])
-        config["train"].pop("out")
-        result["train"] = config | {"rows_sha256": {} if args.hub else {f.name: row_hash(f) for f in files}}
-        result["metrics"] = metrics(folder / "run")
-    questions = data / "eval" / "spec_bench.dev.jsonl"
-    spec = ["--ckpt", ckpt, "--questions", questions, "--limit", plan["questions"], "--methods", plan["methods"]]
-    spec += ["--max_new_tokens", plan["max_new_tokens"], "--results", folder / "spec.jsonl"]
-    measured = json.loads(run("benchmarks/spec_bench.py", *spec))
-    result["spec_bench"] = {name: measured[name] for name in ("dtype", "seed", "methods", "categories")}
-    rows = [row for line in (folder / "spec.jsonl").read_text().splitlines()[1:] for row in json.loads(line)]
-    columns = ("question_id", "turn", "category", "method", "tokens", "forwards", "accepted", "rep4_frac")
-    result["answers"] = [{column: row[column] for column in columns} for row in rows]
-    tasks = ["--ckpt", ckpt, "--data", data / "eval", "--tasks", plan["tasks"]["names"]]
-    tasks += ["--limit", plan["tasks"]["limit"], "--out", folder / "tasks"]
-    result["tasks"] = json.loads(run("benchmarks/tasks.py", *tasks))["tasks"]
-    for task in result["tasks"]:
-        kept = [json.loads(line) for line in (folder / "tasks" / f"{task}.jsonl").read_text().splitlines()]
-        result["tasks"][task]["correct_items"] = [row["id"] for row in kept if row["correct"]]
+    result |= measure_speed(plan, arm, ckpt, args.data.resolve(), folder)
+    if not arm.get("lora", {}).get("draft_only"):  # or its replies are those of the base, and so is its quality
+        result |= measure_tasks(plan, ckpt, args.data.resolve(), folder)
 
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result) + "\n")
