@@ -25,7 +25,14 @@ from msn_jax import InputError
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
 SECTIONS = {"data", "noise", "train", "lora"}  # of an arm, as in a config of train.py
-KEPT = ("loss", "loss_clean", "loss_noisy", "eval_loss", "eval_top1")  # of metrics.jsonl, and all by noise depth
+KEPT = (
+    "loss",
+    "loss_clean",
+    "loss_noisy",
+    "response_tokens",
+    "eval_loss",
+    "eval_top1",
+)  # of metrics.jsonl, and all by noise depth
 
 
 def run(script: str, *args: object) -> str:

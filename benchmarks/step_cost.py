@@ -23,8 +23,11 @@ import numpy as np
 from record import run_record
 
 from msn_jax import DecodeConfig, InputError, init, load
+from msn_jax.config import LoraConfig
 from msn_jax.decode import TreeSet, init_state, loop
 from msn_jax.decode.tree import JACOBI, chain
+from msn_jax.lora import init_adapter
+from msn_jax.model import unstack
 from msn_jax.shapes import SHAPES
 
 
@@ -66,6 +69,7 @@ def main() -> None:
     p.add_argument("--batch_size", type=int, default=1)
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     p.add_argument("--rounds", type=int, default=30)
+    p.add_argument("--draft_rank", type=int, help="with a random draft-only adapter of this rank, on the last node")
     args = p.parse_args()
     if args.ckpt in SHAPES:
         cfg = SHAPES[args.ckpt]
@@ -74,10 +78,19 @@ def main() -> None:
         lm = load(args.ckpt, dtype=args.dtype)
         cfg, params = lm.cfg, lm.params
 
+    drafter = None
+    if args.draft_rank:
+        adapter = init_adapter(jax.random.key(0), cfg, LoraConfig(rank=args.draft_rank, draft_only=True), 1)
+        drafter = adapter.replace(layers=unstack(adapter.layers))
+        drafter = jax.tree.map(lambda a: a.astype(args.dtype), drafter)
+
     prompts = [[1] * (args.slots // 2)] * args.batch_size
     programs, states = {}, {}
     for nodes in map(int, args.nodes.split(",")):
-        tree = chain(nodes - 1, JACOBI)
+        if args.draft_rank and nodes > 1:
+            tree = chain(nodes - 2, JACOBI, noise={nodes - 2: 1})
+        else:
+            tree = chain(nodes - 1, JACOBI)
         trees = TreeSet(tree.name, (tree,), (0,))
         settings = DecodeConfig(max_new_tokens=args.slots // 4)
         state = init_state(cfg, trees, prompts, settings, (), slots=args.slots, dtype=args.dtype)
@@ -86,7 +99,7 @@ def main() -> None:
 
         def call(nodes=nodes, cycle=cycle):
             # The text grows by a token or more a call, within the limit; the donated cache goes round.
-            states[nodes] = cycle(params, states[nodes])
+            states[nodes] = cycle(params, states[nodes], drafter)
             return states[nodes].forwards
 
         programs[str(nodes)] = call

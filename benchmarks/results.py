@@ -1,0 +1,282 @@
+"""RESULTS.md and its plots, from results/*.json that evidence.py wrote.
+
+    python benchmarks/results.py
+
+Intervals are 95%: of tokens a pass by resampling questions 10,000 times, the same ones for both arms of a ratio; of a
+difference in accuracy by resampling items; of one accuracy Wilson's.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from spec_bench import LOOPS
+
+from msn_jax import InputError
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "results"
+NOISY = ("paper", "several", "several-1", "several-4", "several-8", "random")
+COMPARED = ("jacobi", "tr-jacobi")  # methods whose tokens a pass are compared between arms
+# LLaMA3-8B on the machine of the paper (Wang et al., EMNLP 2024): what is known of it with a source.
+PAPER = [
+    ["plain decoding", "42.13 tokens/s"],
+    ["trained with noise, TR-Jacobi, Spec-Bench", "91.63 tokens/s, 2.17x"],
+    ["the same on its summarization", "close to 2.8x"],
+    ["the same over both domains, chat and code", "2.3x to 2.7x"],
+    ["HumanEval and MBPP together, with noise against without", "77.0 against 76.6"],
+    ["noise length", "4 is better than 1 (little faster) and 8 (less accurate)"],
+]
+
+
+def load_results() -> dict[str, dict]:
+    """Name (ARM-seedS) -> what evidence.py measured, in the order of the plan."""
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*-seed*.json"))}
+    if not found:
+        raise InputError(f"{RESULTS}: no results; benchmarks/evidence.py writes them")
+    order = ("untouched", "plain", *NOISY, "draft")
+    rank = lambda result: order.index(result["arm"]) if result["arm"] in order else len(order)
+    return dict(sorted(found.items(), key=lambda item: (rank(item[1]), item[1]["seed"])))
+
+
+def by_question(result: dict, method: str) -> dict[int, tuple[int, int]]:
+    """Tokens and passes of a method's outputs that do not loop, by question."""
+    sums = defaultdict(lambda: (0, 0))
+    for row in result["answers"]:
+        if row["method"] == method and row["rep4_frac"] < LOOPS:
+            tokens, forwards = sums[row["question_id"]]
+            sums[row["question_id"]] = tokens + row["tokens"], forwards + row["forwards"]
+    return dict(sums)
+
+
+def mat_interval(sums: dict[int, tuple[int, int]]) -> tuple[float, float, float]:
+    """MAT with its interval."""
+    pairs = np.array(list(sums.values()))
+    picked = pairs[np.random.default_rng(0).integers(0, len(pairs), (10_000, len(pairs)))].sum(axis=1)
+    tokens, forwards = pairs.sum(axis=0)
+    low, high = np.percentile(picked[:, 0] / picked[:, 1], [2.5, 97.5])
+    return tokens / forwards, low, high
+
+
+def mat_ratio(sums: dict[int, tuple[int, int]], base: dict[int, tuple[int, int]]) -> tuple[float, float, float]:
+    """MAT over that of `base` with its interval. A question that only one of them answers without a loop counts
+    there alone; resampling takes whole questions."""
+    questions = sorted(sums.keys() | base.keys())
+    both = np.array([(*sums.get(q, (0, 0)), *base.get(q, (0, 0))) for q in questions])
+    ratio = lambda s: (s[..., 0] / s[..., 1]) / (s[..., 2] / s[..., 3])
+    picked = both[np.random.default_rng(0).integers(0, len(both), (10_000, len(both)))].sum(axis=1)
+    low, high = np.percentile(ratio(picked), [2.5, 97.5])
+    return float(ratio(both.sum(axis=0))), low, high
+
+
+def accuracy_difference(task: dict, base: dict) -> tuple[float, float, float]:
+    """Points of accuracy over `base` on the same items, with the interval of the paired difference."""
+    right, right_base = set(task["correct_items"]), set(base["correct_items"])
+    # Only items that differ matter; the others are zeros.
+    differences = np.zeros(task["items"])
+    changed = sorted(right ^ right_base)
+    differences[: len(changed)] = [1.0 if item in right else -1.0 for item in changed]
+    picked = differences[np.random.default_rng(0).integers(0, len(differences), (10_000, len(differences)))].mean(
+        axis=1
+    )
+    low, high = np.percentile(100 * picked, [2.5, 97.5])
+    return 100 * float(differences.mean()), low, high
+
+
+def last(result: dict, name: str) -> float | None:
+    """The last value of a metric of training."""
+    return next((line[name] for line in reversed(result.get("metrics", [])) if name in line), None)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]) + "\n"
+
+
+def interval(values: tuple[float, float, float], digits: int = 2) -> str:
+    middle, low, high = values
+    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def speed_section(results: dict[str, dict]) -> str:
+    rows = []
+    for name, result in results.items():
+        for method, f in result["spec_bench"]["methods"].items():
+            mat = interval(mat_interval(by_question(result, method))) if method != "ar" else "1.00"
+            same = f"{f['identical']} / {f['near_ties']} / {f['different']}"
+            rows.append(
+                [name, method, mat, f"{f['mat']:.2f}", f"{f['rep4_frac']:.2f}", f"{f['ratio_to_ar']:.2f}", same]
+            )
+    head = ["arm", "method", "MAT, no loops", "MAT, all", "repeated 4-grams", "time, x ar", "same / near tie / differ"]
+    return table(head, rows)
+
+
+def against_section(results: dict[str, dict], base: str, arms: list[str]) -> str:
+    rows = []
+    for name in arms:
+        for method in results[name]["spec_bench"]["methods"]:
+            if method.partition(":")[0] in COMPARED and method in results[base]["spec_bench"]["methods"]:
+                ratio = mat_ratio(by_question(results[name], method), by_question(results[base], method))
+                rows.append([name, base, method, interval(ratio, 3)])
+    return table(["arm", "over", "method", "MAT, no loops, as a ratio"], rows)
+
+
+def training_section(results: dict[str, dict]) -> str:
+    rows = []
+    for name, result in results.items():
+        if "train" not in result:
+            continue
+        tokens = sum(line["response_tokens"] for line in result["metrics"])
+        plain = results.get(f"plain-seed{result['seed']}")
+        loss, difference = last(result, "eval_loss"), "-"
+        draft_only = result["train"].get("lora", {}).get("draft_only")
+        if plain and not draft_only and result["arm"] != "plain":
+            difference = f"{100 * (loss / last(plain, 'eval_loss') - 1):+.2f}%"
+        depths = [last(result, f"eval_top1_depth{j}") for j in range(1, 9)]
+        shown = " ".join(f"{top1:.2f}" for top1 in depths if top1 is not None)
+        rows.append([name, str(result["metrics"][-1]["step"]), f"{tokens:,.0f}"])
+        rows[-1] += ["KL" if draft_only else "", f"{loss:.4f}", difference, shown]
+    return table(["arm", "steps", "response tokens", "", "held-out loss", "to plain", "top-1 by noise depth"], rows)
+
+
+def tasks_section(results: dict[str, dict]) -> str:
+    rows = []
+    for name, result in results.items():
+        plain = results.get(f"plain-seed{result['seed']}", results.get("plain-seed0"))
+        for task, f in result.get("tasks", {}).items():
+            share = f"{100 * f['accuracy_frac']:.1f} ({100 * f['low95_frac']:.1f} to {100 * f['high95_frac']:.1f})"
+            shown = "-"
+            if plain and plain is not result:
+                shown = interval(accuracy_difference(f, plain["tasks"][task]), 1)
+            rows.append([name, task, str(f["items"]), share, shown])
+    return table(["arm", "task", "items", "accuracy, %", "points over plain"], rows)
+
+
+def plot_categories(results: dict[str, dict]) -> None:
+    shown = {n: r for n, r in results.items() if "tr-jacobi" in r["spec_bench"]["methods"] and r["seed"] == 0}
+    categories = sorted(next(iter(shown.values()))["spec_bench"]["categories"])
+    figure, axes = plt.subplots(figsize=(11, 4))
+    width = 0.8 / len(shown)
+    for i, (name, result) in enumerate(shown.items()):
+        heights = [result["spec_bench"]["categories"][c]["tr-jacobi"]["mat_no_loops"] for c in categories]
+        axes.bar(np.arange(len(categories)) + i * width, heights, width, label=name)
+    axes.set_xticks(np.arange(len(categories)) + 0.4 - width / 2, categories, rotation=30, ha="right")
+    axes.axhline(1, color="black", linewidth=0.5)
+    axes.set_ylabel("tokens a pass, tr-jacobi, no loops")
+    axes.legend(fontsize=8, ncols=4)
+    save(figure, "mat_by_category")
+
+
+def plot_accepted(results: dict[str, dict]) -> None:
+    shown = {name: result for name, result in results.items() if result["seed"] == 0}
+    figure, all_axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    for axes, method in zip(all_axes, COMPARED, strict=True):
+        for name, result in shown.items():
+            kept = [r for r in result["answers"] if r["method"] == method and r["rep4_frac"] < LOOPS]
+            counts = np.bincount([count for row in kept for count in row["accepted"]], minlength=9)
+            axes.plot(range(1, 9), counts[1:9] / counts.sum(), marker="o", markersize=3, label=name)
+        axes.set(title=method, xlabel="tokens that a pass emits", yscale="log")
+    all_axes[0].set_ylabel("share of passes, outputs without loops")
+    all_axes[0].legend(fontsize=8)
+    save(figure, "accepted_lengths")
+
+
+def plot_depths(results: dict[str, dict]) -> None:
+    trained = {name: r for name, r in results.items() if "train" in r and r["seed"] == 0}
+    figure, all_axes = plt.subplots(1, 3, figsize=(12, 4), sharey=True)
+    for axes, depth in zip(all_axes, (1, 2, 3), strict=True):
+        for name, result in trained.items():
+            key = f"eval_top1_depth{depth}"
+            lines = [line for line in result["metrics"] if key in line]
+            axes.plot([x["step"] for x in lines], [x[key] for x in lines], marker="o", markersize=3, label=name)
+        axes.set(title=f"noise depth {depth}", xlabel="step")
+    all_axes[0].set_ylabel("top-1 on held-out text")
+    all_axes[0].legend(fontsize=8)
+    save(figure, "accuracy_by_depth")
+
+
+def plot_losses(results: dict[str, dict]) -> None:
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for name, result in results.items():
+        plain = results.get(f"plain-seed{result['seed']}")
+        if result["arm"] not in NOISY or not plain:
+            continue
+        base = {line["step"]: line["eval_loss"] for line in plain["metrics"] if "eval_loss" in line}
+        lines = [line for line in result["metrics"] if "eval_loss" in line and line["step"] in base]
+        percent = [100 * (line["eval_loss"] / base[line["step"]] - 1) for line in lines]
+        axes.plot([line["step"] for line in lines], percent, marker="o", label=name)
+    axes.axhline(0, color="black", linewidth=0.5)
+    axes.set(xlabel="step", ylabel="clean held-out loss over plain, %")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8)
+    save(figure, "loss_difference")
+
+
+def save(figure, name: str) -> None:
+    figure.tight_layout()
+    figure.savefig(RESULTS / f"{name}.png", dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def main() -> None:
+    results = load_results()
+    plots = {
+        "mat_by_category": plot_categories,
+        "accepted_lengths": plot_accepted,
+        "accuracy_by_depth": plot_depths,
+        "loss_difference": plot_losses,
+    }
+    for draw in plots.values():
+        draw(results)
+    trained = [name for name in results if results[name]["arm"] in NOISY]
+    text = [
+        "# Results\n\nMade by `python benchmarks/results.py` from `results/*.json`; nothing here is typed in by hand.\n"
+    ]
+    text.append("Every number of a row comes from one run of its arm:\n")
+    runs = [[n, f"`{r['command']}`", r["commit"], str(r["seed"]), r["device"]] for n, r in results.items()]
+    text.append(table(["arm", "command", "commit", "seed", "device"], runs))
+    text.append("## Speed and acceptance\n")
+    questions = next(iter(results.values()))["spec_bench"]["methods"]["ar"]["questions"]
+    text.append(
+        f"Spec-Bench, {questions} questions over all categories, float32, greedy, batch 1. MAT: tokens a pass."
+        f" Intervals are 95%. An output loops when it repeats {LOOPS:.0%} of its 4-grams or more; claims rest on those"
+        " that do not. Times are of the run itself, against `ar` of the same arm question by question. The last column: outputs"
+        " that equal those of `ar`, that differ first at a near tie, that differ.\n"
+    )
+    text.append(speed_section(results))
+    bases = [(f"plain-seed{r['seed']}", name) for name, r in results.items() if name in trained]
+    for base in dict.fromkeys(base for base, _ in bases):
+        if base in results:
+            text.append(against_section(results, base, [name for b, name in bases if b == base]))
+    if "untouched-seed0" in results:
+        text.append(against_section(results, "untouched-seed0", [n for n in results if n != "untouched-seed0"]))
+    text.append("![tokens a pass by category](results/mat_by_category.png)\n")
+    text.append("![accepted lengths](results/accepted_lengths.png)\n")
+    text.append("## Training\n")
+    text.append(training_section(results))
+    text.append("![top-1 by noise depth](results/accuracy_by_depth.png)\n")
+    if trained:
+        text.append("![clean loss over plain](results/loss_difference.png)\n")
+    text.append("## Tasks\n")
+    text.append("A draft-only adapter changes no answer, so it has no row.\n")
+    text.append(tasks_section(results))
+    text.append("## The paper's figures\n")
+    text.append("Another model on another machine, to be read beside ours, not against them.\n")
+    text.append(table(["LLaMA3-8B", ""], PAPER))
+    (ROOT / "RESULTS.md").write_text("\n".join(text), encoding="utf-8")
+    print(f"RESULTS.md: {len(results)} arms, {len(plots)} plots")
+    print(json.dumps({"arms": list(results), "plots": [f"results/{name}.png" for name in plots]}))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as e:
+        sys.exit(f"results.py: error: {e}")
