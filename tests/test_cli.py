@@ -1,4 +1,4 @@
-"""decode.py as a user types it. SmolLM2 is loaded once and handed to every call."""
+"""decode.py as a user types it, with a few layers of SmolLM2."""
 
 import json
 import os
@@ -16,9 +16,9 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
-def run(smollm2, monkeypatch, capsys):
+def run(shallow, monkeypatch, capsys):
     """Call decode.py; returns what it printed."""
-    monkeypatch.setattr(decode, "load", lambda ckpt, adapter, dtype, mesh: smollm2)
+    monkeypatch.setattr(decode, "load", lambda ckpt, adapter, dtype, mesh: shallow)
 
     def call(*args):
         decode.main(["--ckpt", "smollm2-135m-instruct", *map(str, args)])
@@ -32,7 +32,7 @@ def write_rows(path, rows):
     return path
 
 
-def test_a_prompt_streams_its_text(run, smollm2):
+def test_a_prompt_streams_its_text(run):
     out, err = run("--prompt", "Say hello.", "--max_new_tokens", 12)
     assert out.strip()
     assert re.search(r"\d+ tokens, \d+ passes", err)
@@ -83,7 +83,7 @@ def test_html_page_is_written_whole(run, tmp_path):
     assert list(tmp_path.iterdir()) == [page]
 
 
-def test_chat_keeps_its_history(run, monkeypatch, smollm2):
+def test_chat_keeps_its_history(run, monkeypatch):
     seen, lines, encode = [], iter(["Hello!", "And now?", ""]), decode.encode
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     monkeypatch.setattr(decode, "encode", lambda lm, prompt: seen.append(prompt) or encode(lm, prompt))

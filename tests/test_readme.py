@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 
-def test_snippets_run(smollm2, monkeypatch, capsys):
+def test_snippets_run(smollm2, shallow, monkeypatch, capsys):
     monkeypatch.setattr("msn_jax.load", lambda ckpt: smollm2)
     text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
@@ -12,6 +12,7 @@ def test_snippets_run(smollm2, monkeypatch, capsys):
     names = {}
     for snippet in snippets:
         exec(snippet, names)
+        names["lm"] = shallow  # gradients of all layers take long to compile
     assert "blue" in capsys.readouterr().out
     assert names["over_keys"].shape == (2,)
-    assert names["gradients"].embed.shape == smollm2.params.embed.shape
+    assert names["gradients"].embed.shape == shallow.params.embed.shape
