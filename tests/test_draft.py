@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tree_search
 from conftest import decode_all
 
 from msn_jax import DecodeConfig, InputError, forward, unembed
 from msn_jax.config import LoraConfig
 from msn_jax.decode import TreeSet, init_state, prefill, step, tree_set
-from msn_jax.decode.tree import branching
+from msn_jax.decode.tree import EITHER, branching, chain
 from msn_jax.draft_loss import draft_loss_sums, draw_anchors, two_streams
 from msn_jax.lora import init_adapter, load_adapter, save_adapter
 from msn_jax.model import stack_layers, unstack
@@ -153,3 +154,19 @@ def test_saved_in_half_precision_and_read_back(tiny, adapter, tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"base": "b", "rank": 2, "colour": 1}')
     with pytest.raises(InputError, match="cannot be read.*colour"):
         load_adapter(tmp_path, cfg)
+
+
+def test_a_simulated_tree_takes_the_passes_of_the_loop(tiny, adapter, drafter):
+    cfg, params = tiny
+    prompts = [np.random.default_rng(n).integers(0, 61, n).tolist() for n in (2, 9, 33)]
+    long = chain(4, EITHER, "long", noise={0: 1, 1: 2, 4: 1})
+    trees = TreeSet("two", (branching("small", 0, {(): 9, (1,): 5}, noise={(): 3, (0,): 1}), long), (0, 2))
+    rank = lambda text: np.asarray(tree_search.ranks(stack_layers(params), cfg, adapter, jnp.asarray(text, jnp.int32)))
+    total = np.zeros(2, int)
+    for prompt in prompts:
+        state, (reply,) = decode_all(params, cfg, trees, [prompt], drafter=drafter, max_new_tokens=60)
+        text = prompt + reply
+        known = tree_search.Reply(len(prompt) - 1, len(text) - 1, rank(text), *tree_search.retrieval(text))
+        assert tree_search.play(trees, [known]) == (60, state.passes.tolist())
+        total += state.passes
+    assert total.min() > 0 and total.sum() < 150  # of 180 tokens
