@@ -109,7 +109,8 @@ def speed_section(results: dict[str, dict]) -> str:
     rows = []
     for name, result in results.items():
         for method, f in result["spec_bench"]["methods"].items():
-            mat = interval(mat_interval(by_question(result, method))) if method != "ar" else "1.00"
+            sums = by_question(result, method)
+            mat = "1.00" if method == "ar" else interval(mat_interval(sums)) if sums else "all loop"
             same = f"{f['identical']} / {f['near_ties']} / {f['different']}"
             rows.append(
                 [name, method, mat, f"{f['mat']:.2f}", f"{f['rep4_frac']:.2f}", f"{f['ratio_to_ar']:.2f}", same]
@@ -122,9 +123,9 @@ def against_section(results: dict[str, dict], base: str, arms: list[str]) -> str
     rows = []
     for name in arms:
         for method in results[name]["spec_bench"]["methods"]:
-            if method.partition(":")[0] in COMPARED and method in results[base]["spec_bench"]["methods"]:
-                ratio = mat_ratio(by_question(results[name], method), by_question(results[base], method))
-                rows.append([name, base, method, interval(ratio, 3)])
+            ours, theirs = by_question(results[name], method), by_question(results[base], method)
+            if method.partition(":")[0] in COMPARED and ours and theirs:
+                rows.append([name, base, method, interval(mat_ratio(ours, theirs), 3)])
     return table(["arm", "over", "method", "MAT, no loops, as a ratio"], rows)
 
 

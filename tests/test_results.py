@@ -1,0 +1,69 @@
+"""RESULTS.md from the figures of two arms, by hand."""
+
+import json
+
+import pytest
+import results
+
+
+def answers(method, rows):
+    """rows: (question, tokens, forwards, share of repeated 4-grams)."""
+    names = ("question_id", "tokens", "forwards", "rep4_frac")
+    accepted = lambda tokens, forwards: [tokens - forwards + 1] + [1] * (forwards - 1)
+    return [dict(zip(names, r, strict=True), method=method, accepted=accepted(r[1], r[2])) for r in rows]
+
+
+def arm(name, jacobi, right, loss):
+    figures = dict(mat=1.5, rep4_frac=0.1, ratio_to_ar=1.1, identical=3, near_ties=0, different=0, questions=3)
+    methods = {"ar": figures, "jacobi": figures, "tr-jacobi": figures}
+    task = {"items": 4, "accuracy_frac": len(right) / 4, "low95_frac": 0.1, "high95_frac": 0.9, "correct_items": right}
+    return {
+        "arm": name,
+        "seed": 0,
+        "command": f"python benchmarks/evidence.py --arm {name} --seed 0",
+        "commit": "abc",
+        "device": "cpu x1, 2 cores",
+        "spec_bench": {"methods": methods, "categories": {"qa": {"tr-jacobi": {"mat_no_loops": 1.5}}}},
+        "answers": answers("ar", [(1, 10, 10, 0.0)]) + answers("jacobi", jacobi) + answers("tr-jacobi", jacobi),
+        "train": {"lora": {"rank": 4}},
+        "metrics": [{"step": 1, "response_tokens": 30.0}, {"step": 2, "response_tokens": 12.0, "eval_loss": loss}],
+        "tasks": {"gsm8k": task},
+    }
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """The rows of RESULTS.md, as lists of cells; the folder."""
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    (tmp_path / "results").mkdir()
+    plain = arm("plain", [(1, 30, 20, 0.0), (2, 30, 20, 0.0)], ["a", "b"], 2.0)
+    # Half again as many tokens a pass; the third question loops and counts nowhere but in the mean of all.
+    paper = arm("paper", [(1, 45, 20, 0.0), (2, 45, 20, 0.19), (3, 90, 9, 0.2)], ["b", "c", "d"], 2.05)
+    for result in (plain, paper):
+        (tmp_path / "results" / f"{result['arm']}-seed0.json").write_text(json.dumps(result))
+    results.main()
+    lines = (tmp_path / "RESULTS.md").read_text().splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")], tmp_path
+
+
+def test_figures_are_those_of_the_arms(written):
+    rows, folder = written
+    assert ["paper-seed0", "jacobi", "2.25 (2.25 to 2.25)", "1.50", "0.10", "1.10", "3 / 0 / 0"] in rows
+    assert ["paper-seed0", "plain-seed0", "jacobi", "1.500 (1.500 to 1.500)"] in rows
+    assert ["paper-seed0", "2", "42", "", "2.0500", "+2.50%", ""] in rows
+    # Right where plain is wrong twice, wrong where it is right once: one of four items more.
+    assert [r[4].split()[0] for r in rows if r[:2] == ["paper-seed0", "gsm8k"]] == ["25.0"]
+    for name in ("mat_by_category", "accepted_lengths", "accuracy_by_depth", "loss_difference"):
+        assert (folder / "results" / f"{name}.png").stat().st_size > 5000
+
+
+def test_intervals_cover_what_resampling_gives():
+    two = {1: (30, 10), 2: (10, 10)}
+    assert results.mat_interval(two) == (2.0, 1.0, 3.0)
+    assert results.mat_ratio(two, {1: (10, 10), 2: (10, 10)}) == (2.0, 1.0, 3.0)
+    base = {"items": 100, "correct_items": [str(i) for i in range(50)]}
+    better = {"items": 100, "correct_items": [str(i) for i in range(60)]}
+    middle, low, high = results.accuracy_difference(better, base)
+    # Ten of a hundred differ: the deviation of their share is sqrt(0.1 * 0.9 / 100) = 0.03.
+    assert middle == 10 and 3 < low < 6 and 14 < high < 18
