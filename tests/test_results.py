@@ -50,7 +50,7 @@ def written(tmp_path, monkeypatch):
 def test_figures_are_those_of_the_arms(written):
     rows, folder = written
     assert ["paper-seed0", "jacobi", "2.25 (2.25 to 2.25)", "1.50", "0.10", "1.10", "3 / 0 / 0"] in rows
-    assert ["paper-seed0", "plain-seed0", "jacobi", "1.500 (1.500 to 1.500)"] in rows
+    assert ["paper-seed0 jacobi", "plain-seed0 jacobi", "1.500 (1.500 to 1.500)"] in rows
     assert ["paper-seed0", "2", "42", "", "2.0500", "+2.50%", ""] in rows
     # Right where plain is wrong twice, wrong where it is right once: one of four items more.
     assert [r[4].split()[0] for r in rows if r[:2] == ["paper-seed0", "gsm8k"]] == ["25.0"]
