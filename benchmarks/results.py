@@ -18,12 +18,14 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import yaml
 from spec_bench import LOOPS
 
 from msn_jax import InputError
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
+PLAN = Path(__file__).parent / "evidence.yaml"
 NOISY = ("paper", "several", "several-1", "several-4", "several-8", "random")
 COMPARED = ("jacobi", "tr-jacobi")  # methods whose tokens a pass are compared between arms
 # LLaMA3-8B on the machine of the paper (Wang et al., EMNLP 2024): what is known of it with a source.
@@ -245,6 +247,11 @@ def main() -> None:
     text.append("Every number of a row comes from one run of its arm:\n")
     runs = [[n, f"`{r['command']}`", r["commit"], str(r["seed"]), r["device"]] for n, r in results.items()]
     text.append(table(["arm", "command", "commit", "seed", "device"], runs))
+    planned = yaml.safe_load(PLAN.read_text(encoding="utf-8"))["arms"]
+    if missing := [arm for arm in planned if arm not in {result["arm"] for result in results.values()}]:
+        text.append(
+            "Planned and not run here (`python benchmarks/evidence.py --arm NAME`): " + ", ".join(missing) + ".\n"
+        )
     text.append("## Speed and acceptance\n")
     questions = next(iter(results.values()))["spec_bench"]["methods"]["ar"]["questions"]
     text.append(

@@ -54,6 +54,9 @@ def test_figures_are_those_of_the_arms(written):
     assert ["paper-seed0", "2", "42", "", "2.0500", "+2.50%", ""] in rows
     # Right where plain is wrong twice, wrong where it is right once: one of four items more.
     assert [r[4].split()[0] for r in rows if r[:2] == ["paper-seed0", "gsm8k"]] == ["25.0"]
+    assert "not run here (`python benchmarks/evidence.py --arm NAME`): untouched, several," in (
+        (folder / "RESULTS.md").read_text()
+    )
     for name in ("mat_by_category", "accepted_lengths", "accuracy_by_depth", "loss_difference"):
         assert (folder / "results" / f"{name}.png").stat().st_size > 5000
 
