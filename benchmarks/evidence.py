@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import yaml
-from record import run_record
+from record import kept_rows, run_record
 
 from msn_jax import InputError
 
@@ -75,9 +75,8 @@ def own_replies(plan: dict, paths: list[str], out: Path) -> None:
 
 def metrics(out: Path) -> list[dict]:
     """What is plotted over training, without the figures of speed."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     wanted = lambda name: name == "step" or name in KEPT or "depth" in name
-    return [{name: value for name, value in line.items() if wanted(name)} for line in lines]
+    return [{name: value for name, value in line.items() if wanted(name)} for line in kept_rows(out / "metrics.jsonl")]
 
 
 def train(plan: dict, args: argparse.Namespace, folder: Path) -> dict:
@@ -113,7 +112,7 @@ def measure_speed(plan: dict, arm: dict, ckpt: str, data: Path, folder: Path) ->
     spec += ["--methods", arm.get("methods", plan["methods"])]
     spec += ["--max_new_tokens", plan["max_new_tokens"], "--results", folder / "spec.jsonl"]
     measured = json.loads(run("benchmarks/spec_bench.py", *spec))
-    rows = [row for line in (folder / "spec.jsonl").read_text().splitlines()[1:] for row in json.loads(line)]
+    rows = [row for group in kept_rows(folder / "spec.jsonl")[1:] for row in group]
     columns = ("question_id", "turn", "category", "method", "tokens", "forwards", "accepted", "rep4_frac", "outcome")
     return {
         "spec_bench": {name: measured[name] for name in ("dtype", "seed", "methods", "categories")},
@@ -126,7 +125,7 @@ def measure_tasks(plan: dict, ckpt: str, data: Path, folder: Path) -> dict:
     options += ["--limit", plan["tasks"]["limit"], "--out", folder / "tasks"]
     tasks = json.loads(run("benchmarks/tasks.py", *options))["tasks"]
     for task in tasks:
-        kept = [json.loads(line) for line in (folder / "tasks" / f"{task}.jsonl").read_text().splitlines()]
+        kept = kept_rows(folder / "tasks" / f"{task}.jsonl")
         tasks[task]["correct_items"] = [row["id"] for row in kept if row["correct"]]
     return {"tasks": tasks}
 

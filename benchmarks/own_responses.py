@@ -20,6 +20,7 @@ from pathlib import Path
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import numpy as np
+from record import keep_rows, kept_rows
 from spec_bench import LOOPS, repeated_4grams
 from tqdm import tqdm
 
@@ -59,7 +60,7 @@ def main() -> None:
     p.add_argument("--out", type=Path, required=True)
     args = p.parse_args()
 
-    done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    done = kept_rows(args.out)
     asked = done[-1]["asked"] if done else 0
     lm = load(args.ckpt)
     prompts = ((prompt, encode(lm, prompt)) for prompt in in_turn(args.sources, args.seed))
@@ -75,8 +76,7 @@ def main() -> None:
             for (prompt, _), result in zip(batch, results, strict=True)
             if repeated_4grams(result.tokens) < LOOPS and result.text.strip()
         ]
-        with args.out.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+        keep_rows(args.out, lines)
         done += lines
         bar.update(len(batch))
     print(json.dumps({"asked": asked, "kept": len(done), "out": str(args.out)}))

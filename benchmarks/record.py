@@ -1,10 +1,12 @@
-"""What every benchmark's closing JSON line says of the run itself."""
+"""What the benchmarks share: what a closing JSON line says of the run, and rows that outlive a run cut off."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -19,3 +21,21 @@ def run_record() -> dict[str, str]:
         "commit": commit.stdout.strip(),
         "device": f"{jax.devices()[0].device_kind} x{jax.device_count()}, {os.cpu_count()} cores",
     }
+
+
+def kept_rows(path: Path) -> list:
+    """The rows that an earlier run left in a JSONL file, none without one. A half-written last line does not count."""
+    whole = path.read_bytes() if path.exists() else b""
+    return [json.loads(line) for line in whole[: whole.rfind(b"\n") + 1].splitlines()]
+
+
+def keep_rows(path: Path, rows: Iterable) -> None:
+    """Add rows to a JSONL file, on the disk when this returns; they take the place of a half-written last line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    end = path.read_bytes().rfind(b"\n") + 1 if path.exists() else 0
+    with path.open("r+b" if path.exists() else "wb") as file:
+        file.seek(end)
+        file.truncate()
+        file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())

@@ -20,7 +20,7 @@ from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from record import run_record
+from record import keep_rows, kept_rows, run_record
 from tqdm import tqdm
 
 from msn_jax import DecodeConfig, InputError, load
@@ -109,15 +109,17 @@ def read_questions(path: str) -> list[dict]:
 
 
 def read_done(path: Path | None, run: dict) -> list[list[dict]]:
-    """Answered groups of an earlier, cut-off run with the same settings. A half-written last line is cut away."""
-    if path is None or not path.exists():
+    """Answered groups of an earlier, cut-off run with the same settings; begins the file where there is none."""
+    if path is None:
         return []
-    whole = path.read_bytes()
-    whole = whole[: whole.rfind(b"\n") + 1]
-    lines = [json.loads(line) for line in whole.splitlines()]
-    if not lines or lines[0] != run:
+    try:
+        lines = kept_rows(path)
+    except ValueError:
+        lines = [None]
+    if not lines and not (path.exists() and path.stat().st_size):
+        keep_rows(path, [run])
+    elif lines[:1] != [run]:
         raise InputError(f"--results {path}: holds another run; name another file")
-    path.write_bytes(whole)
     return lines[1:]
 
 
@@ -189,8 +191,6 @@ def main() -> None:
         raise InputError(f"--questions {args.questions}: no questions, or --limit below 1")
     run = {name: value for name, value in vars(args).items() if name != "results"}
     done = read_done(args.results, run)
-    if args.results and not done:
-        args.results.write_text(json.dumps(run) + "\n", encoding="utf-8")
 
     lm = load(args.ckpt, adapter=args.adapter, dtype=args.dtype)
     # Groups as large as the largest batch, of questions with as many turns, so that batches are full; always the
@@ -203,10 +203,7 @@ def main() -> None:
     for group in tqdm(groups[len(done) :], total=len(groups), initial=len(done), unit="group", mininterval=5):
         done.append(answer_group(lm, group, arms))
         if args.results:
-            with args.results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(done[-1]) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            keep_rows(args.results, [done[-1]])
     rows = [row for group in done for row in group]
     plain = next(iter(arms))
 

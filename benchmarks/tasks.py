@@ -30,7 +30,7 @@ from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from record import run_record
+from record import keep_rows, kept_rows, run_record
 from tqdm import tqdm
 
 from msn_jax import InputError, generate, load
@@ -227,7 +227,7 @@ def interval(correct: int, total: int) -> tuple[float, float]:
 def answer(lm: LM, task: str, items: list[dict], batch_size: int, out: Path | None) -> list[dict]:
     """An answer to every item; kept and taken up again in out/TASK.jsonl."""
     kept = out / f"{task}.jsonl" if out else None
-    done = read_jsonl(kept) if kept and kept.exists() else []
+    done = kept_rows(kept) if kept else []
     if [row["id"] for row in done] != [item["id"] for item in items[: len(done)]]:
         raise InputError(f"{kept}: holds answers to other items; name another --out")
     step = 4 * batch_size
@@ -235,9 +235,7 @@ def answer(lm: LM, task: str, items: list[dict], batch_size: int, out: Path | No
         rows = list(TASKS[task][1](lm, items[at : at + step], batch_size))
         done += rows
         if kept:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with kept.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+            keep_rows(kept, rows)
     return done
 
 

@@ -4,6 +4,10 @@ import json
 
 import pytest
 import results
+from record import keep_rows, kept_rows
+from spec_bench import read_done
+
+from msn_jax import InputError
 
 
 def answers(method, rows):
@@ -70,3 +74,22 @@ def test_intervals_cover_what_resampling_gives():
     middle, low, high = results.accuracy_difference(better, base)
     # Ten of a hundred differ: the deviation of their share is sqrt(0.1 * 0.9 / 100) = 0.03.
     assert middle == 10 and 3 < low < 6 and 14 < high < 18
+
+
+def test_a_run_cut_off_while_writing_goes_on_from_its_whole_rows(tmp_path):
+    path, settings = tmp_path / "new" / "answers.jsonl", {"seed": 0}
+    assert kept_rows(path) == []
+    assert read_done(path, settings) == []
+    keep_rows(path, [[1], [2]])
+    with path.open("a") as file:
+        file.write('[3, {"text": "ha')
+    assert read_done(path, settings) == [[1], [2]]
+    keep_rows(path, [[3]])
+    assert path.read_text() == '{"seed": 0}\n[1]\n[2]\n[3]\n'
+    for foreign in ({"seed": 1}, None):
+        with pytest.raises(InputError, match="holds another run"):
+            read_done(path, foreign)
+    path.write_text("half")
+    with pytest.raises(InputError, match="holds another run"):
+        read_done(path, settings)
+    assert path.read_text() == "half"
