@@ -4,8 +4,8 @@
       --costs 1:1,4:1.3,8:1.6,16:2.2
 
 For every place of every reply the noise's ranking of the tokens ahead is computed once; a tree is then played over the
-replies without the model. Trees grow node by node, each time by what pays best in tokens for the cost of a pass
-(`step_cost.py` measures that cost). Give replies that the adapter was not trained on.
+replies without the model. Trees change at random and stay where they gain, in tokens a pass or in tokens for the cost
+of a pass (`step_cost.py` measures that cost). Give replies that the adapter was not trained on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from tqdm import tqdm
 from msn_jax import InputError, load, unembed
 from msn_jax.decode.draft import LONGEST_MATCH
 from msn_jax.decode.generate import encode
-from msn_jax.decode.tree import EITHER, JACOBI, NOISE, TreeSet, branching, chain
+from msn_jax.decode.tree import EITHER, JACOBI, NOISE, TreeSet, TreeSpec, branching, chain
 from msn_jax.draft_loss import two_streams
 from msn_jax.model import stack_layers
 
@@ -102,67 +102,85 @@ def read_replies(lm, path: Path, rows: int, adapter) -> list[Reply]:
 
 def play(trees: TreeSet, replies: list[Reply]) -> tuple[int, list[int]]:
     """(tokens, passes by tree) of decoding the replies with these trees."""
-    emitted, passes = 0, [0] * len(trees.trees)
+    # As lists: this is all plain Python, and NumPy's scalars are slow there.
+    plain = [
+        (list(zip(t.parents, t.sources, t.depth.tolist(), strict=True)), t.follow.tolist(), t.noise_depth.tolist())
+        for t in trees.trees
+    ]
+    emitted, passes = 0, [0] * len(plain)
     for reply in replies:
         root, ahead = reply.first, []  # ahead[k]: (anchor, depth) of the noise that drafts depth k + 1
         while root < reply.last:
             which = sum(reply.match[root] >= least for least in trees.min_match[1:])
-            tree = trees.trees[which]
+            nodes, follow, noise_depth = plain[which]
             passes[which] += 1
-            right = [True] + [False] * (tree.size - 1)
-            for node in range(1, tree.size):
-                kind, rank = tree.sources[node]
-                depth = tree.depth[node]
-                if kind == NOISE or not right[tree.parents[node]] or root + depth > reply.last:
-                    continue
-                if kind == JACOBI or (kind == EITHER and depth > reply.found[root]):
-                    right[node] = depth <= len(ahead) and reply.rank[ahead[depth - 1]] == rank
+            right, best, length = [True], 0, 0  # the deepest right node, the first of equally deep ones
+            for node, (parent, (kind, rank), depth) in enumerate(nodes[1:], 1):
+                if kind == NOISE or not right[parent] or root + depth > reply.last:
+                    right.append(False)
+                elif kind == JACOBI or (kind == EITHER and depth > reply.found[root]):
+                    right.append(depth <= len(ahead) and reply.rank[ahead[depth - 1]] == rank)
                 else:
-                    right[node] = depth <= reply.right[root]
-            best = max((node for node in range(tree.size) if right[node]), key=lambda node: tree.depth[node])
+                    right.append(depth <= reply.right[root])
+                if right[-1] and depth > length:
+                    best, length = node, depth
             ahead = []
-            for node in tree.follow[best]:
-                if node < 0 or not tree.noise_depth[node]:
+            for node in follow[best]:
+                if node < 0 or not noise_depth[node]:
                     break
-                anchor = root + tree.depth[node] - tree.noise_depth[node]
-                ahead.append((anchor, tree.noise_depth[node] - 1))
-            step = min(tree.depth[best] + 1, reply.last - root)
+                ahead.append((root + nodes[node][2] - noise_depth[node], noise_depth[node] - 1))
+            step = min(length + 1, reply.last - root)
             emitted, root = emitted + step, root + step
     return emitted, passes
 
 
-def grow(replies: list[Reply], cost, nodes: int, depths: int, score) -> list[dict]:
-    """Trees of JACOBI drafts and noise of up to `nodes` nodes, each the best found from the one before.
+@dataclass(frozen=True)
+class Grown:
+    """A tree of JACOBI drafts and noise, as `branching` takes it, and what it was found to be worth."""
 
-    score(tokens, passes, cost of a pass) is to be largest.
-    """
-    children, noise = {}, {(): 1}
-    found = []
+    children: dict[tuple[int, ...], int]
+    noise: dict[tuple[int, ...], int]
+    score: float = 0.0
+    mat: float = 0.0
 
-    def tried(children, noise):
-        tree = branching("grown", 0, children, noise)
-        tokens, (passes,) = play(TreeSet("grown", (tree,), (0,)), replies)
-        return score(tokens, passes, cost(tree.size)), tokens / passes, tree.size, children, noise
+    @property
+    def tree(self) -> TreeSpec:
+        return branching("grown", 0, self.children, self.noise)
 
-    while True:
-        paths = [()] + [(*path, rank) for path, count in children.items() for rank in range(count)]
-        moves = []
-        for path in paths:
-            if len(path) < depths:
-                wider = children | {path: children.get(path, 0) + 1}
-                moves.append((wider, noise))
-                moves.append((wider, noise | {(*path, wider[path] - 1): 1}))
-            if noise.get(path, 0) < depths:
-                moves.append((children, noise | {path: noise.get(path, 0) + 1}))
-        results = [tried(*move) for move in moves]
-        results = [r for r in results if r[2] <= nodes]
-        if not results:
-            return found
-        # By gain for each node added: a move may add one or two.
-        before = (found[-1]["score"], found[-1]["nodes"]) if found else (0.0, 2)
-        best = max(results, key=lambda r: ((r[0] - before[0]) / (r[2] - before[1]), r[1]))
-        _, _, _, children, noise = best
-        found.append(dict(zip(("score", "mat", "nodes", "children", "noise"), best, strict=True)))
+
+def changed(grown: Grown, depths: int, rng: np.random.Generator) -> Grown:
+    """One node more or less, drawn at random."""
+    children, noise = dict(grown.children), dict(grown.noise)
+    paths = [()] + [(*path, rank) for path, count in children.items() for rank in range(count)]
+    path = paths[rng.integers(len(paths))]
+    kind = rng.integers(4)
+    if kind == 0 and len(path) < depths:
+        children[path] = children.get(path, 0) + 1
+    elif kind == 1 and noise.get(path, 0) < depths:
+        noise[path] = noise.get(path, 0) + 1
+    elif kind == 2 and noise.get(path):
+        noise[path] -= 1
+    elif kind == 3 and children.get(path) and not children.get((*path, children[path] - 1)):
+        children[path] -= 1
+        noise.pop((*path, children[path]), None)
+    present = lambda counts: {path: count for path, count in counts.items() if count}
+    return Grown(present(children), present(noise))
+
+
+def search(replies: list[Reply], score, nodes: int, depths: int, trials: int, start: Grown) -> Grown:
+    """The best tree of up to `nodes` nodes among `trials`, each one to four changes away from the best before it."""
+    rng, best = np.random.default_rng(0), start
+    for _ in range(trials):
+        tried = best
+        for _ in range(rng.integers(1, 5)):
+            tried = changed(tried, depths, rng)
+        size = tried.tree.size
+        if size > nodes or not tried.noise:
+            continue
+        tokens, (passes,) = play(TreeSet("tried", (tried.tree,), (0,)), replies)
+        tried = replace(tried, score=score(tokens / passes, size), mat=tokens / passes)
+        best = max(best, tried, key=lambda grown: grown.score)
+    return best
 
 
 def main() -> None:
@@ -172,6 +190,7 @@ def main() -> None:
     p.add_argument("--replies", type=Path, required=True, help="JSONL of messages, as own_responses.py writes it")
     p.add_argument("--rows", type=int, default=60, help="replies to use, from the end of the file")
     p.add_argument("--nodes", type=int, default=16)
+    p.add_argument("--trials", type=int, default=300, help="trees tried for each size")
     p.add_argument("--costs", required=True, help="NODES:COST,... of a pass; costs between are interpolated")
     args = p.parse_args()
     try:
@@ -192,28 +211,32 @@ def main() -> None:
     for k, shares in top.items():
         print(f"top-{k:<3}" + "".join(f" {share:6.3f}" for share in shares))
 
-    fastest = grow(replies, cost, args.nodes, depths, lambda tokens, passes, cost: tokens / (passes * cost))
-    widest = grow(replies, cost, args.nodes, depths, lambda tokens, passes, cost: tokens / passes)
-    for title, trees in (("by tokens for the cost", fastest), ("by tokens a pass", widest)):
-        print(f"\n{title}: nodes, MAT, speed")
-        for t in trees:
-            speed = t["mat"] / cost(t["nodes"])
-            print(f"{t['nodes']:>4} {t['mat']:6.3f} {speed:6.3f}  children {t['children']}  noise {t['noise']}")
+    start = Grown({(): 1}, {(): 1, (0,): 1})
+    by_mat = []
+    print("\nwithout retrieval: nodes, MAT, MAT over cost")
+    for nodes in sorted({4, 6, 8, 12, args.nodes}):
+        start = search(replies, lambda mat, size: mat, nodes, depths, args.trials, start)
+        by_mat.append(start)
+        print(
+            f"{nodes:>4} {start.mat:6.3f} {start.mat / cost(nodes):6.3f}  {start.children}  {start.noise}", flush=True
+        )
+    small = max(by_mat, key=lambda grown: grown.mat / cost(grown.tree.size))
+    small = search(replies, lambda mat, size: mat / cost(size), args.nodes, depths, args.trials, small)
+    print(f"best: {small.tree.size} nodes {small.mat:6.3f} {small.score:6.3f}  {small.children}  {small.noise}")
 
     print("\nwith a chain of retrieval, else noise, from a match on: MAT, speed")
-    small = max(fastest, key=lambda t: t["score"])
     sets = []
     for least in (1, 2, 3, 4, 6):
         for length in (3, 5, 7, 10):
             for tail in (0, 1, 2):
                 long = chain(length, EITHER, noise={0: 1, 1: 1, length: tail})
-                trees = (branching("small", 0, small["children"], small["noise"]), long)
+                trees = (small.tree, long)
                 tokens, passes = play(TreeSet("set", trees, (0, least)), replies)
                 spent = sum(n * cost(tree.size) for n, tree in zip(passes, trees, strict=True))
                 sets.append((tokens / spent, tokens / sum(passes), least, length, tail))
     for speed, mat, least, length, tail in sorted(sets, reverse=True)[:8]:
         print(f"match {least}: chain of {length}, noise {tail} at its end: {mat:6.3f} {speed:6.3f}")
-    print(json.dumps({**run_record(), "top": top, "best_mat": widest[-1]["mat"], "best_speed": small["score"]}))
+    print(json.dumps({**run_record(), "top": top, "best_mat": by_mat[-1].mat, "best_speed": small.score}))
 
 
 if __name__ == "__main__":
