@@ -4,8 +4,8 @@
       --costs 1:1,4:1.3,8:1.6,16:2.2
 
 For every place of every reply the noise's ranking of the tokens ahead is computed once; a tree is then played over the
-replies without the model. Trees change at random and stay where they gain, in tokens a pass or in tokens for the cost
-of a pass (`step_cost.py` measures that cost). Give replies that the adapter was not trained on.
+replies without the model. Printed are the best by tokens a pass, and sets of two by tokens for the cost of a pass,
+which `step_cost.py` measures. Give replies that the adapter was not trained on.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -134,53 +136,20 @@ def play(trees: TreeSet, replies: list[Reply]) -> tuple[int, list[int]]:
     return emitted, passes
 
 
-@dataclass(frozen=True)
-class Grown:
-    """A tree of JACOBI drafts and noise, as `branching` takes it, and what it was found to be worth."""
-
-    children: dict[tuple[int, ...], int]
-    noise: dict[tuple[int, ...], int]
-    score: float = 0.0
-    mat: float = 0.0
-
-    @property
-    def tree(self) -> TreeSpec:
-        return branching("grown", 0, self.children, self.noise)
-
-
-def changed(grown: Grown, depths: int, rng: np.random.Generator) -> Grown:
-    """One node more or less, drawn at random."""
-    children, noise = dict(grown.children), dict(grown.noise)
-    paths = [()] + [(*path, rank) for path, count in children.items() for rank in range(count)]
-    path = paths[rng.integers(len(paths))]
-    kind = rng.integers(4)
-    if kind == 0 and len(path) < depths:
-        children[path] = children.get(path, 0) + 1
-    elif kind == 1 and noise.get(path, 0) < depths:
-        noise[path] = noise.get(path, 0) + 1
-    elif kind == 2 and noise.get(path):
-        noise[path] -= 1
-    elif kind == 3 and children.get(path) and not children.get((*path, children[path] - 1)):
-        children[path] -= 1
-        noise.pop((*path, children[path]), None)
-    present = lambda counts: {path: count for path, count in counts.items() if count}
-    return Grown(present(children), present(noise))
-
-
-def search(replies: list[Reply], score, nodes: int, depths: int, trials: int, start: Grown) -> Grown:
-    """The best tree of up to `nodes` nodes among `trials`, each one to four changes away from the best before it."""
-    rng, best = np.random.default_rng(0), start
-    for _ in range(trials):
-        tried = best
-        for _ in range(rng.integers(1, 5)):
-            tried = changed(tried, depths, rng)
-        size = tried.tree.size
-        if size > nodes or not tried.noise:
+def family(depths: int) -> Iterator[TreeSpec]:
+    """Trees of JACOBI drafts and noise: up to 7 candidates under the root, some under the first and the second of
+    them, one more below; noise under the root, under the first few candidates, and at the end of the longest path."""
+    for first, second, beside, third in product(range(1, 8), range(4), range(3), range(2)):
+        if (beside and first < 2) or (third and not second):
             continue
-        tokens, (passes,) = play(TreeSet("tried", (tried.tree,), (0,)), replies)
-        tried = replace(tried, score=score(tokens / passes, size), mat=tokens / passes)
-        best = max(best, tried, key=lambda grown: grown.score)
-    return best
+        children = {(): first, (0,): second, (1,): beside, (0, 0): third}
+        for at_root, wide, deep, end in product(range(1, depths + 1), range(first + 1), range(1, depths), range(3)):
+            if (end >= 1 and not second) or (end == 2 and not third) or (not wide and deep > 1):
+                continue
+            noise = {(): at_root} | {(rank,): deep for rank in range(wide)}
+            noise |= {(0,) * (2 + i): 1 for i in range(end)}
+            present = {path: count for path, count in children.items() if count}
+            yield branching(f"children {present} noise {noise}", 0, present, noise)
 
 
 def main() -> None:
@@ -188,16 +157,15 @@ def main() -> None:
     p.add_argument("--ckpt", required=True)
     p.add_argument("--adapter", help="directory of a draft-only adapter; not needed for a run directory of one")
     p.add_argument("--replies", type=Path, required=True, help="JSONL of messages, as own_responses.py writes it")
-    p.add_argument("--rows", type=int, default=60, help="replies to use, from the end of the file")
-    p.add_argument("--nodes", type=int, default=16)
-    p.add_argument("--trials", type=int, default=300, help="trees tried for each size")
+    p.add_argument("--rows", type=int, default=24, help="replies to use, from the end of the file")
+    p.add_argument("--nodes", default="4,6,8,12,16", help="sizes of trees to try")
     p.add_argument("--costs", required=True, help="NODES:COST,... of a pass; costs between are interpolated")
     args = p.parse_args()
     try:
-        sizes, costs = zip(*(map(float, pair.split(":")) for pair in args.costs.split(",")), strict=True)
+        measured, costs = zip(*(map(float, pair.split(":")) for pair in args.costs.split(",")), strict=True)
     except ValueError:
         raise InputError(f"--costs {args.costs}: accepted: NODES:COST pairs, as in 1:1,8:1.6") from None
-    cost = lambda nodes: float(np.interp(nodes, sizes, costs))
+    cost = lambda nodes: float(np.interp(nodes, measured, costs))
 
     lm = load(args.ckpt, adapter=args.adapter)
     if lm.drafter is None:
@@ -211,18 +179,17 @@ def main() -> None:
     for k, shares in top.items():
         print(f"top-{k:<3}" + "".join(f" {share:6.3f}" for share in shares))
 
-    start = Grown({(): 1}, {(): 1, (0,): 1})
-    by_mat = []
+    sizes = {int(nodes) for nodes in args.nodes.split(",")}
+    trees = [tree for tree in family(depths) if tree.size in sizes]
+    mats = {}
+    for tree in tqdm(trees, unit="tree", mininterval=5):
+        tokens, (passes,) = play(TreeSet(tree.name, (tree,), (0,)), replies)
+        mats[tree] = tokens / passes
     print("\nwithout retrieval: nodes, MAT, MAT over cost")
-    for nodes in sorted({4, 6, 8, 12, args.nodes}):
-        start = search(replies, lambda mat, size: mat, nodes, depths, args.trials, start)
-        by_mat.append(start)
-        print(
-            f"{nodes:>4} {start.mat:6.3f} {start.mat / cost(nodes):6.3f}  {start.children}  {start.noise}", flush=True
-        )
-    small = max(by_mat, key=lambda grown: grown.mat / cost(grown.tree.size))
-    small = search(replies, lambda mat, size: mat / cost(size), args.nodes, depths, args.trials, small)
-    print(f"best: {small.tree.size} nodes {small.mat:6.3f} {small.score:6.3f}  {small.children}  {small.noise}")
+    for size in sorted(sizes):
+        for tree in sorted((tree for tree in trees if tree.size == size), key=mats.get, reverse=True)[:3]:
+            print(f"{size:>4} {mats[tree]:6.3f} {mats[tree] / cost(size):6.3f}  {tree.name}")
+    small = max(trees, key=lambda tree: mats[tree] / cost(tree.size))
 
     print("\nwith a chain of retrieval, else noise, from a match on: MAT, speed")
     sets = []
@@ -230,13 +197,13 @@ def main() -> None:
         for length in (3, 5, 7, 10):
             for tail in (0, 1, 2):
                 long = chain(length, EITHER, noise={0: 1, 1: 1, length: tail})
-                trees = (small.tree, long)
+                trees = (small, long)
                 tokens, passes = play(TreeSet("set", trees, (0, least)), replies)
                 spent = sum(n * cost(tree.size) for n, tree in zip(passes, trees, strict=True))
                 sets.append((tokens / spent, tokens / sum(passes), least, length, tail))
     for speed, mat, least, length, tail in sorted(sets, reverse=True)[:8]:
         print(f"match {least}: chain of {length}, noise {tail} at its end: {mat:6.3f} {speed:6.3f}")
-    print(json.dumps({**run_record(), "top": top, "best_mat": by_mat[-1].mat, "best_speed": small.score}))
+    print(json.dumps({**run_record(), "top": top, "best_mat": max(mats.values()), "best_tree": small.name}))
 
 
 if __name__ == "__main__":
