@@ -301,7 +301,7 @@ def test_adapters_of_a_run_are_saved_small_and_merge(config, tmp_path):
     assert plain.tokens == drafted.tokens
     with pytest.raises(InputError, match="noise tokens in a row; accepted by this adapter: up to 1"):
         short = dataclasses.replace(run, drafter=run.drafter.replace(noise_embed=np.zeros((1, 32))))
-        generate(short, chat, max_new_tokens=4)
+        generate(short, chat, max_new_tokens=4, tree="draft16")
     with pytest.raises(InputError, match="--export: a draft-only adapter changes no weights"):
         train.main(["--config", draft_only, "--export", str(tmp_path / "none")])
 
