@@ -27,7 +27,7 @@ from msn_jax.config import LoraConfig
 from msn_jax.decode import TreeSet, init_state, loop
 from msn_jax.decode.tree import JACOBI, chain
 from msn_jax.lora import init_adapter
-from msn_jax.model import unstack
+from msn_jax.model import activation_dtype, unstack
 from msn_jax.shapes import SHAPES
 
 
@@ -84,6 +84,7 @@ def main() -> None:
         drafter = adapter.replace(layers=unstack(adapter.layers))
         drafter = jax.tree.map(lambda a: a.astype(args.dtype), drafter)
 
+    dtype = activation_dtype(args.dtype, jax.default_backend())
     prompts = [[1] * (args.slots // 2)] * args.batch_size
     programs, states = {}, {}
     for nodes in map(int, args.nodes.split(",")):
@@ -93,7 +94,7 @@ def main() -> None:
             tree = chain(nodes - 1, JACOBI)
         trees = TreeSet(tree.name, (tree,), (0,))
         settings = DecodeConfig(max_new_tokens=args.slots // 4)
-        state = init_state(cfg, trees, prompts, settings, (), slots=args.slots, dtype=args.dtype)
+        state = init_state(cfg, trees, prompts, settings, (), slots=args.slots, dtype=dtype)
         cycle = partial(jax.jit, donate_argnums=1)(partial(loop.step, cfg=cfg, trees=trees))
         states[nodes] = state
 

@@ -463,7 +463,8 @@ class TrainConfig:
     weight_decay: float = 0.0
     beta2: float = 0.95
     clip_norm: float = 1.0
-    dtype: str = "float32"  # of computation; weights and optimiser state are float32
+    dtype: str = "float32"  # of matrix products; weights and optimiser state are float32
+    activation_dtype: str | None = None  # of what stands between products; null: as dtype. On CPU take float32
     remat: str = "full"  # full: keep each layer's input; dots: its matrix products too; none: everything
     head_chunk: int = 128  # tokens of a row whose logits exist at one time
     seed: int = 0
@@ -490,6 +491,7 @@ class TrainConfig:
             beta2=(0 < self.beta2 < 1, "a number between 0 and 1"),
             clip_norm=(self.clip_norm > 0, "a positive number"),
             dtype=(self.dtype in ("float32", "bfloat16"), "float32, bfloat16"),
+            activation_dtype=(self.activation_dtype in (None, "float32", self.dtype), f"null, float32, {self.dtype}"),
             remat=(self.remat in ("full", "dots", "none"), "full, dots, none"),
             head_chunk=(self.head_chunk >= 1, "1 or more"),
             seed=(0 <= self.seed < 2**32, "0 to 2**32 - 1"),

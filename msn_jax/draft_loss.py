@@ -48,17 +48,19 @@ def two_streams(
     batch: dict[str, Array],
     anchors: Array,
     remat: str = "none",
+    dtype=None,
 ) -> tuple[Array, Array]:
     """Hidden rows of the clean row [B, T, D] and of the noise under its anchors [B, A, J, D].
 
     params, adapter stacked; batch: arrays [B, T] of data.py; anchors int32[B, A] (below 0: noise under the first
-    token, to be left out). Layer by layer the noise attends to keys and values of the clean stream, which nothing
+    token, to be left out); dtype as in `forward`. Layer by layer the noise attends to keys and values of the clean stream, which nothing
     flows back into.
     """
     B, A = anchors.shape
     J, at = adapter.noise_embed.shape[0], jnp.maximum(anchors, 0)
     of_anchor = lambda x: jnp.take_along_axis(x, at, axis=1)
     x = embed(params, batch["tokens"])
+    x = x.astype(dtype or x.dtype)
     noise = jnp.broadcast_to(adapter.noise_embed.astype(x.dtype), (B, A, J, x.shape[-1])).reshape(B, A * J, -1)
     positions = (of_anchor(batch["positions"])[..., None] + 1 + jnp.arange(J)).reshape(B, A * J)
     angles, noise_angles = rope_angles(cfg, batch["positions"]), rope_angles(cfg, positions)
@@ -99,6 +101,7 @@ def draft_loss_sums(
     *,
     remat: str = "none",
     head_chunk: int = 128,
+    dtype=None,
 ) -> tuple[Array, Array]:
     """KL divergence of the noise's predictions from the clean model's, summed, and what it is made of.
 
@@ -107,7 +110,7 @@ def draft_loss_sums(
     greedy decoding will ask for, is among the k best of the noise. Logits of head_chunk noise tokens a row exist at
     one time.
     """
-    clean, noise = two_streams(params, cfg, adapter, batch, anchors, remat)
+    clean, noise = two_streams(params, cfg, adapter, batch, anchors, remat, dtype)
     B, A, J, _ = noise.shape
     # What noise of depth j stands in for, and whether the reply goes on beyond it without a break.
     places = jnp.minimum(jnp.maximum(anchors, 0)[..., None] + 1 + jnp.arange(J), counts.shape[1] - 1)

@@ -204,24 +204,57 @@ def write_cache(cache: KVCache, new: tuple[tuple[Array, Array], ...], length: Ar
 
 
 def linear(x: Array, w: Array, in_dims: int = 1, dtype=None) -> Array:
-    """x [..., *in] times w [*out, *in] -> [..., *out] in `dtype` (None: x's), contracting the last `in_dims` axes."""
-    rows = x.ndim - in_dims
-    precision = HIGHEST if x.dtype == jnp.float32 else None
-    contract = tuple(range(rows, x.ndim)), tuple(range(w.ndim - in_dims, w.ndim))
+    """x [..., *in] times w [*out, *in] -> [..., *out] in `dtype` (None: x's), contracting the last `in_dims` axes.
 
-    def weight_right(x, w):
-        return jax.lax.dot_general(x, w, (contract, ((), ())), precision, dtype)
+    The product is one of w's dtype: activations in float32 are rounded for weights in bfloat16.
+    """
+    rows, dtype = x.ndim - in_dims, dtype or x.dtype
+    if math.prod(x.shape[:rows]) > 32:
+        product = _weight_right if x.dtype == w.dtype else _rounded
+        return product(x, w, in_dims, dtype)
 
     def weight_left(x, w):
-        y = jax.lax.dot_general(w, x, (contract[::-1], ((), ())), precision, dtype)
+        contract = tuple(range(w.ndim - in_dims, w.ndim)), tuple(range(rows, x.ndim))
+        y = jax.lax.dot_general(w, x.astype(w.dtype), (contract, ((), ())), _precision(w), dtype)
         y = jax.lax.optimization_barrier(y)  # or XLA turns the dot around again to spare the transpose
         return jnp.moveaxis(y, range(w.ndim - in_dims), range(rows, rows + w.ndim - in_dims))
 
-    if math.prod(x.shape[:rows]) > 32:
-        return weight_right(x, w)
     # XLA:CPU repacks the right operand of a dot on each call, which for a few rows costs more than the dot:
     # at 8 rows weight_left takes 0.58 of the time of weight_right over SmolLM2's matrices (LOG.md).
-    return jax.lax.platform_dependent(x, w, cpu=weight_left, default=weight_right)
+    right = partial(_weight_right, in_dims=in_dims, dtype=dtype)
+    return jax.lax.platform_dependent(x, w, cpu=weight_left, default=right)
+
+
+def _precision(w: Array):
+    return HIGHEST if w.dtype == jnp.float32 else None
+
+
+def _weight_right(x: Array, w: Array, in_dims: int, dtype) -> Array:
+    contract = tuple(range(x.ndim - in_dims, x.ndim)), tuple(range(w.ndim - in_dims, w.ndim))
+    return jax.lax.dot_general(x.astype(w.dtype), w, (contract, ((), ())), _precision(w), dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _rounded(x: Array, w: Array, in_dims: int, dtype) -> Array:
+    """`_weight_right` of float32 rows; its gradients too are products in w's dtype, which autodiff would widen."""
+    return _weight_right(x, w, in_dims, dtype)
+
+
+def _rounded_forward(x, w, in_dims, dtype):
+    x = x.astype(w.dtype)
+    return _weight_right(x, w, in_dims, dtype), (x, w)
+
+
+def _rounded_backward(in_dims, dtype, saved, y_bar):
+    x, w = saved
+    y_bar, rows, outs = y_bar.astype(w.dtype), tuple(range(x.ndim - in_dims)), w.ndim - in_dims
+    over_out = tuple(range(len(rows), y_bar.ndim)), tuple(range(outs))
+    x_bar = jax.lax.dot_general(y_bar, w, (over_out, ((), ())), preferred_element_type=jnp.float32)
+    w_bar = jax.lax.dot_general(y_bar, x, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
+    return x_bar, w_bar.astype(w.dtype)
+
+
+_rounded.defvjp(_rounded_forward, _rounded_backward)
 
 
 def adapted(
@@ -233,10 +266,10 @@ def adapted(
         y = y + bias
     if low_rank is None:
         return y
-    hidden = linear(x, low_rank.a.astype(x.dtype), in_dims) * jnp.asarray(low_rank.scale, x.dtype)
+    hidden = linear(x, low_rank.a.astype(w.dtype), in_dims) * jnp.asarray(low_rank.scale, x.dtype)
     if gate is not None:
         hidden = hidden * gate[..., None].astype(x.dtype)
-    return y + linear(hidden, low_rank.b.astype(x.dtype))
+    return y + linear(hidden, low_rank.b.astype(w.dtype))
 
 
 def norm(x: Array, scale: Array, bias: Array | None, eps: float) -> Array:
@@ -384,6 +417,12 @@ def block(
     return x, (k, v)
 
 
+def activation_dtype(dtype, backend: str):
+    """What decoding computes in between products of `dtype`. XLA:CPU has fast products of bfloat16 only with float32
+    results, and computes all else in float32 anyway."""
+    return jnp.dtype("float32" if backend == "cpu" else dtype)
+
+
 def causal_mask(T: int) -> Array:
     """Each of this call's tokens sees itself and those before it. bool[T, T]"""
     return jnp.tril(jnp.ones((T, T), bool))
@@ -401,6 +440,7 @@ def forward(
     adapter: tuple[Layer, ...] | Layer | DraftAdapter | None = None,
     gate: Array | None = None,
     remat: str = "none",
+    dtype=None,
 ) -> tuple[Array, tuple]:
     """Run the decoder over tokens [B, T] at positions [B, T].
 
@@ -413,11 +453,13 @@ def forward(
     adapter: LowRank matrices in place of a Layer's linear maps (see lora.py), added where gate [B, T] is not 0. For
     a DraftAdapter the gate is the noise depth of each token, up to J, and picks its embedding.
     remat: what the backward pass of stacked layers recomputes, see TrainConfig.
+    dtype: of what stands between products; None: that of the cache, without one that of the weights.
 
     Returns (hidden [B, T, D] after the final norm, new k, v); `unembed` turns hidden rows into logits.
     """
     cos, sin = rope_angles(cfg, positions)
-    x = embed(params, tokens)
+    dtype = dtype or (params.embed if cache is None else cache.k[0]).dtype
+    x = embed(params, tokens).astype(dtype)
     if isinstance(adapter, DraftAdapter):
         noise = adapter.noise_embed.astype(x.dtype)[jnp.maximum(gate - 1, 0)]
         x, adapter = jnp.where(gate[..., None] > 0, noise, x), adapter.layers

@@ -172,14 +172,15 @@ def loss_sums(
     adapter: Layer | None = None,
     remat: str = "none",
     head_chunk: int = 512,
+    dtype=None,
 ) -> tuple[Array, Array]:
     """Loss summed over the reply tokens of a batch that is fed as `inputs`, and what it is made of.
 
     batch: arrays [B, T] of data.py, whose tokens give the labels; inputs int32[B, T], with noise where depth
-    int32[B, T] is above 0. Returns (float32[], float32[1 + noise_length, 4]: COUNT, LOSS, TOP1, TOP10 by depth).
+    int32[B, T] is above 0; dtype as in `forward`. Returns (float32[], float32[1 + noise_length, 4]: COUNT, LOSS, TOP1, TOP10 by depth).
     """
     hidden, _ = forward(
-        params, cfg, inputs, batch["positions"], segments=batch["segment_ids"], adapter=adapter, remat=remat
+        params, cfg, inputs, batch["positions"], segments=batch["segment_ids"], adapter=adapter, remat=remat, dtype=dtype
     )
     labels, counts = next_labels(batch)
     nll, rank = token_scores(params, cfg, hidden, labels, counts, head_chunk)
@@ -200,7 +201,7 @@ def make_train_step(cfg: ModelConfig, run: RunConfig):
     noise = dataclasses.replace(run.noise, vocab_size=cfg.vocab_size)
     dtype = jnp.dtype(train.dtype)
 
-    settings = {"remat": train.remat, "head_chunk": train.head_chunk}
+    settings = {"remat": train.remat, "head_chunk": train.head_chunk, "dtype": train.activation_dtype}
 
     def loss(trained, frozen, batch, inputs, depth):
         weights = cast(frozen if run.lora.rank else trained, dtype)
@@ -268,12 +269,13 @@ def make_eval_step(cfg: ModelConfig, run: RunConfig):
     """
     noise = NoiseConfig(kind="ahead", length=run.noise.length)
     dtype = jnp.dtype(run.train.dtype)
+    settings = {"head_chunk": run.train.head_chunk, "dtype": run.train.activation_dtype}
 
     def evaluate_draft(params, frozen, batch, index):
         _, counts = next_labels(batch)
         anchors = draw_anchors(jax.random.fold_in(jax.random.key(0), index), counts, run.noise.anchors)
         score = partial(draft_loss_sums, cast(frozen, dtype), cfg, batch, counts, anchors)
-        return (score(params, head_chunk=run.train.head_chunk)[1],) * 2
+        return (score(params, **settings)[1],) * 2
 
     def evaluate(params, frozen, batch, index):
         weights, adapter = (frozen, params) if run.lora.rank else (params, None)
@@ -285,7 +287,7 @@ def make_eval_step(cfg: ModelConfig, run: RunConfig):
             batch,
             noise_length=noise.length,
             adapter=adapter,
-            head_chunk=run.train.head_chunk,
+            **settings,
         )
         return score(batch["tokens"], jnp.zeros_like(depth))[1], score(inputs, depth)[1]
 

@@ -19,7 +19,7 @@ from msn_jax.decode.verify import sampling_scores
 from msn_jax.io.checkpoint import LM
 from msn_jax.io.tokenizer import decode as to_text
 from msn_jax.io.tokenizer import encode_chat, encode_text
-from msn_jax.model import forward, unembed
+from msn_jax.model import activation_dtype, forward, unembed
 
 # Tokens of one prefill pass. On CPU 64 already run at the speed of the matrix products.
 PREFILL_CHUNK = {"cpu": 64, "gpu": 512, "tpu": 512}
@@ -141,7 +141,7 @@ def _generate_batch(lm, prompts, ids, first, size, decode, trees, on_tokens) -> 
         lm.stop_ids,
         slots=slots,
         requests=list(range(first, first + size)),
-        dtype=lm.dtype,
+        dtype=activation_dtype(lm.dtype, _backend(lm)),
     )
     state = state.replace(done=jnp.arange(size) >= len(prompts))
     run = lambda state, cycles: loop.run(lm.params, state, cycles, lm.drafter, cfg=lm.cfg, trees=trees)
@@ -205,12 +205,13 @@ def top_gap(lm: LM, ids: Sequence[int], decode: DecodeConfig, request: int = 0) 
     tokens = np.zeros((1, length), np.int32)
     tokens[0, : len(ids)] = ids
     sampling = loop.sampling_of(decode)
-    return float(_top_gap(lm.params, jnp.asarray(tokens), len(ids), request, sampling, cfg=lm.cfg))
+    dtype = activation_dtype(lm.dtype, _backend(lm))
+    return float(_top_gap(lm.params, jnp.asarray(tokens), len(ids), request, sampling, cfg=lm.cfg, dtype=dtype))
 
 
-@partial(jax.jit, static_argnames="cfg")
-def _top_gap(params, tokens, length, request, sampling, *, cfg):
-    hidden, _ = forward(params, cfg, tokens, jnp.arange(tokens.shape[1])[None])
+@partial(jax.jit, static_argnames=("cfg", "dtype"))
+def _top_gap(params, tokens, length, request, sampling, *, cfg, dtype):
+    hidden, _ = forward(params, cfg, tokens, jnp.arange(tokens.shape[1])[None], dtype=dtype)
     logits = unembed(params, cfg, jax.lax.dynamic_index_in_dim(hidden, length - 1, axis=1, keepdims=False))
     one = lambda value: jnp.asarray(value, jnp.int32)[None]
     scores = jax.lax.cond(
