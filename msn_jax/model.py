@@ -258,18 +258,18 @@ _rounded.defvjp(_rounded_forward, _rounded_backward)
 
 
 def adapted(
-    x: Array, w: Array, bias: Array | None, low_rank: LowRank | None, gate: Array | None, in_dims: int = 1
+    x: Array, w: Array, bias: Array | None, low_rank: LowRank | None, last: int | None, in_dims: int = 1
 ) -> Array:
-    """`linear` with its bias, and with what an adapter adds to it where `gate` [B, T] is on (None: everywhere)."""
+    """`linear` with its bias, and with what an adapter adds to the `last` of T tokens (None: to all)."""
     y = linear(x, w, in_dims)
     if bias is not None:
         y = y + bias
     if low_rank is None:
         return y
+    x = x if last is None else x[:, -last:]
     hidden = linear(x, low_rank.a.astype(w.dtype), in_dims) * jnp.asarray(low_rank.scale, x.dtype)
-    if gate is not None:
-        hidden = hidden * gate[..., None].astype(x.dtype)
-    return y + linear(hidden, low_rank.b.astype(w.dtype))
+    delta = linear(hidden, low_rank.b.astype(w.dtype))
+    return y + jnp.pad(delta, ((0, 0), (y.shape[1] - delta.shape[1], 0)) + ((0, 0),) * (y.ndim - 2))
 
 
 def norm(x: Array, scale: Array, bias: Array | None, eps: float) -> Array:
@@ -390,15 +390,16 @@ def causal_attention(q: Array, k: Array, v: Array, segments: Array | None, windo
 
 
 def block(
-    cfg: ModelConfig, layer: Layer, x: Array, cos: Array, sin: Array, attend: Callable, adapter=None, gate=None
+    cfg: ModelConfig, layer: Layer, x: Array, cos: Array, sin: Array, attend: Callable, adapter=None, last: int | None = None
 ) -> tuple[Array, tuple]:
     """One decoder layer: x [B, T, D] -> (x, (k, v)) with this call's k, v [B, K, T, H].
 
-    attend: (q, k, v) -> [B, T, N, H], who sees whom. adapter: a Layer of LowRank or None by linear map.
+    attend: (q, k, v) -> [B, T, N, H], who sees whom. adapter: a Layer of LowRank or None by linear map; last: see
+    `adapted`.
     """
     part = lambda name: getattr(adapter, name, None)
     h = norm(x, layer.attn_norm, layer.attn_norm_bias, cfg.norm_eps)
-    qkv = adapted(h, layer.qkv, layer.qkv_bias, part("qkv"), gate)
+    qkv = adapted(h, layer.qkv, layer.qkv_bias, part("qkv"), last)
     qk = qkv[..., :-1, :]
     if cfg.qk_norm:
         scale = jnp.stack([layer.q_norm] * cfg.group + [layer.k_norm])
@@ -406,14 +407,14 @@ def block(
     qk = rope(qk, cos, sin)
     q, k, v = qk[..., :-1, :], qk[..., -1, :].transpose(0, 2, 1, 3), qkv[..., -1, :].transpose(0, 2, 1, 3)
     a = attend(q, k, v)
-    x = x + constrain(adapted(a, layer.o, layer.o_bias, part("o"), gate, in_dims=2), "batch", None, None)
+    x = x + constrain(adapted(a, layer.o, layer.o_bias, part("o"), last, in_dims=2), "batch", None, None)
     h = norm(x, layer.mlp_norm, layer.mlp_norm_bias, cfg.norm_eps)
-    gate_up = adapted(h, layer.gate_up, layer.gate_up_bias, part("gate_up"), gate)
+    gate_up = adapted(h, layer.gate_up, layer.gate_up_bias, part("gate_up"), last)
     if cfg.activation == "swiglu":
         h = jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
     else:
         h = jax.nn.gelu(gate_up, approximate=True)  # by tanh
-    x = x + constrain(adapted(h, layer.down, layer.down_bias, part("down"), gate), "batch", None, None)
+    x = x + constrain(adapted(h, layer.down, layer.down_bias, part("down"), last), "batch", None, None)
     return x, (k, v)
 
 
@@ -438,7 +439,7 @@ def forward(
     *,
     segments: Array | None = None,
     adapter: tuple[Layer, ...] | Layer | DraftAdapter | None = None,
-    gate: Array | None = None,
+    noise_depth: np.ndarray | None = None,
     remat: str = "none",
     dtype=None,
 ) -> tuple[Array, tuple]:
@@ -450,8 +451,9 @@ def forward(
     mask or a cache, by index where there is neither. The cache is only read: the k, v [B, K, T, H] of this call come
     back, a pair for each layer (of stacked layers one pair [L, B, K, T, H]), and `write_cache` stores what is to be
     kept.
-    adapter: LowRank matrices in place of a Layer's linear maps (see lora.py), added where gate [B, T] is not 0. For
-    a DraftAdapter the gate is the noise depth of each token, up to J, and picks its embedding.
+    adapter: LowRank matrices in place of a Layer's linear maps (see lora.py). noise_depth int[T], static: 0, but 1 to
+    J for the last tokens, which are noise; the adapter then acts on them alone, and a DraftAdapter gives them their
+    embeddings.
     remat: what the backward pass of stacked layers recomputes, see TrainConfig.
     dtype: of what stands between products; None: that of the cache, without one that of the weights.
 
@@ -460,10 +462,13 @@ def forward(
     cos, sin = rope_angles(cfg, positions)
     dtype = dtype or (params.embed if cache is None else cache.k[0]).dtype
     x = embed(params, tokens).astype(dtype)
+    last = None if noise_depth is None else int((noise_depth > 0).sum())
+    if last is not None and not (noise_depth[len(noise_depth) - last :] > 0).all():
+        raise ValueError(f"noise_depth {noise_depth}: noise must come last")
     if isinstance(adapter, DraftAdapter):
-        noise = adapter.noise_embed.astype(x.dtype)[jnp.maximum(gate - 1, 0)]
-        x, adapter = jnp.where(gate[..., None] > 0, noise, x), adapter.layers
-    gate = None if gate is None else gate.astype(bool)
+        noise = adapter.noise_embed.astype(x.dtype)[noise_depth[-last:] - 1]
+        x = jnp.concatenate([x[:, :-last], jnp.broadcast_to(noise, (len(x), *noise.shape))], axis=1)
+        adapter = adapter.layers
     window, oldest = cfg.sliding_window, None
     if mask is None and cache is None:
         attend = partial(causal_attention, segments=segments, window=window)
@@ -481,7 +486,7 @@ def forward(
             raise ValueError("stacked layers run without a cache; unstack_layers gives the form for decoding")
 
         def scanned(x, layer_adapter):
-            return block(cfg, layer_adapter[0], x, cos, sin, attend, layer_adapter[1], gate)
+            return block(cfg, layer_adapter[0], x, cos, sin, attend, layer_adapter[1], last)
 
         x, new = jax.lax.scan(REMAT[remat](scanned), x, (params.layers, adapter))
         return final_norm(params, cfg, x), new
@@ -489,7 +494,7 @@ def forward(
     new = []
     for i, layer in enumerate(params.layers):
         past = {} if cache is None else {"cached": (cache.k[i], cache.v[i]), "length": cache.length, "oldest": oldest}
-        x, kv = block(cfg, layer, x, cos, sin, partial(attend, **past), adapter and adapter[i], gate)
+        x, kv = block(cfg, layer, x, cos, sin, partial(attend, **past), adapter and adapter[i], last)
         new.append(kv)
     return final_norm(params, cfg, x), tuple(new)
 

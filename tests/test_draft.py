@@ -59,15 +59,20 @@ def logits_of(tiny, drafter):
     """A function: float64 logits [n + J, V] of a text of n tokens and of the noise behind it, by plain `forward`."""
     cfg, params = tiny
 
+    at, depth = np.arange(20 + DEPTHS), np.r_[np.zeros(20, int), 1 : DEPTHS + 1]
+
     @jax.jit
-    def run(text, gate):
-        hidden, _ = forward(params, cfg, text, jnp.arange(text.shape[1])[None], adapter=drafter, gate=gate)
+    def run(text, n):
+        # One program for all texts: the noise stands behind the padding, which nothing after it sees.
+        positions = jnp.where(depth > 0, n + depth - 1, at)[None]
+        mask = (at[:, None] >= at) & ((at < n) | (depth > 0) | (at[:, None] < 20))
+        hidden, _ = forward(params, cfg, text, positions, mask, adapter=drafter, noise_depth=depth)
         return unembed(params, cfg, hidden)[0]
 
     def logits(text):
-        n, padded = len(text), np.zeros((2, 1, 20 + DEPTHS), np.int32)
-        padded[0, 0, :n], padded[1, 0, n : n + DEPTHS] = text, range(1, DEPTHS + 1)
-        return np.asarray(run(*padded), np.float64)[: n + DEPTHS]
+        n = len(text)
+        found = run(np.pad(text, (0, 20 + DEPTHS - n)).astype(np.int32)[None], n)
+        return np.asarray(found, np.float64)[np.r_[:n, 20 : 20 + DEPTHS]]
 
     return logits
 

@@ -92,6 +92,24 @@ def test_linear_contracts_the_last_axes(rows):
     np.testing.assert_allclose(got, np.einsum("btnh,ofnh->btof", x, w), atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [8, 33])
+def test_bfloat16_weights_round_float32_rows_and_their_gradients(rows):
+    rng = np.random.default_rng(0)
+    x, w, y_bar = (rng.standard_normal(shape) for shape in ((2, rows, 3, 4), (5, 6, 3, 4), (2, rows, 5, 6)))
+    rounded = lambda a: np.asarray(jnp.asarray(a, jnp.bfloat16), np.float64)
+    product = lambda x, w: linear(x, w, in_dims=2)
+    args = jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.bfloat16)
+    y, back = jax.vjp(product, *args)
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(y, np.einsum("btnh,ofnh->btof", rounded(x), rounded(w)), atol=1e-4)
+    if rows > 32:  # what has fewer is never trained
+        x_bar, w_bar = back(jnp.asarray(y_bar, jnp.float32))
+        np.testing.assert_allclose(x_bar, np.einsum("btof,ofnh->btnh", rounded(y_bar), rounded(w)), atol=1e-4)
+        exact = np.einsum("btof,btnh->ofnh", rounded(y_bar), rounded(x))
+        np.testing.assert_allclose(w_bar.astype(jnp.float32), exact, rtol=2**-8, atol=1e-4)
+        assert x_bar.dtype == jnp.float32 and w_bar.dtype == jnp.bfloat16
+
+
 def test_bfloat16_is_close(tiny):
     cfg, params = tiny
     ids = jnp.arange(20)[None]

@@ -229,6 +229,8 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_weights(tiny, batch):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(b.params))
     loss = lambda r: train_step.metrics_of(np.asarray(r["by_depth"]))["loss"]
     assert 0 < abs(loss(exact) - loss(near)) < 0.02
+    wide = run_config(dtype="bfloat16", activation_dtype="float32")
+    assert 0 < abs(loss(exact) - loss(one_step(cfg, wide, stack_layers(params), batch)[1])) < 0.005
 
 
 @pytest.mark.parametrize("targets", [["qkv"], ["o", "down"], ["qkv", "o", "gate_up", "down"]])
@@ -248,16 +250,18 @@ def test_adapters_are_trained_alone_and_merge(tiny, batch, targets):
     assert np.abs(np.asarray(apart - plain)).max() > 0.01
 
 
-def test_a_new_adapter_changes_nothing_and_a_gate_confines_it(tiny, batch):
+def test_a_new_adapter_changes_nothing_and_acts_on_noise_alone(tiny, batch):
     cfg, params = tiny
     frozen, new = stack_layers(params), init_adapter(jax.random.key(0), cfg, LoraConfig(rank=2))
     tokens, positions = batch["tokens"], batch["positions"]
     plain, _ = forward(frozen, cfg, tokens, positions)
     assert (forward(frozen, cfg, tokens, positions, adapter=new)[0] == plain).all()
     adapter = jax.tree.map(lambda x: x + 0.05, new)
-    gate = jnp.arange(24)[None] >= 20
-    gated, _ = forward(frozen, cfg, tokens, positions, adapter=adapter, gate=jnp.broadcast_to(gate, tokens.shape))
-    assert (gated[:, :20] == plain[:, :20]).all() and (gated[:, 20:] != plain[:, 20:]).any()
+    noise_depth = np.maximum(np.arange(24) - 19, 0)
+    noisy, _ = forward(frozen, cfg, tokens, positions, adapter=adapter, noise_depth=noise_depth)
+    assert (noisy[:, :20] == plain[:, :20]).all() and (noisy[:, 20:] != plain[:, 20:]).all()
+    with pytest.raises(ValueError, match="noise must come last"):
+        forward(frozen, cfg, tokens, positions, adapter=adapter, noise_depth=noise_depth[::-1])
 
 
 def test_long_rows_attend_in_blocks(tiny, batch, monkeypatch):

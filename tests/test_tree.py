@@ -72,6 +72,7 @@ def test_bfloat16_on_cpu_runs_two_rows():
         ((0,), ((ROOT, 0),), "node 0 must be the root"),
         ((-1, 0), ((ROOT, 0), ("medusa", 0)), "unknown source 'medusa'"),
         ((-1, 0, 1), ((ROOT, 0), (NOISE, 0), (JACOBI, 0)), "hangs under the noise node"),
+        ((-1, 0, 0), ((ROOT, 0), (NOISE, 0), (JACOBI, 0)), "draft node 2 comes after the noise node 1"),
         ((-1, 0), ((ROOT, 0),), "2 parents, 1 sources"),
     ],
 )

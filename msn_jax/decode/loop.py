@@ -179,9 +179,8 @@ def tree_pass(
 
     positions = last[:, None] + tree.depth
     # Static, so that a tree without noise pays nothing for the adapter.
-    gate = jnp.broadcast_to(tree.noise_depth, tokens.shape) if drafter and tree.noise_depth.any() else None
-    adapter = None if gate is None else drafter
-    hidden, new = forward(params, cfg, tokens, positions, tree.ancestors, state.cache, adapter=adapter, gate=gate)
+    drafts = {"adapter": drafter, "noise_depth": tree.noise_depth} if drafter and tree.noise_depth.any() else {}
+    hidden, new = forward(params, cfg, tokens, positions, tree.ancestors, state.cache, **drafts)
     logits = unembed(params, cfg, hidden)
 
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -19,7 +19,7 @@ NOISE = "noise"  # a token of the prefix; never verified: its logits are the nex
 
 @dataclasses.dataclass(frozen=True)
 class TreeSpec:
-    """A static token tree of M nodes; node 0 is the root, a parent comes before its children.
+    """A static token tree of M nodes; node 0 is the root, a parent comes before its children, noise after all drafts.
 
     sources: (kind, rank) of each node. Hashable: one compiled program a tree.
     Raises InputError where the nodes do not make a tree.
@@ -41,6 +41,8 @@ class TreeSpec:
                 raise InputError(f"tree {self.name!r}: node {node} has the unknown source {kind!r}")
             if node and kind != NOISE and self.sources[parent][0] == NOISE:
                 raise InputError(f"tree {self.name!r}: draft node {node} hangs under the noise node {parent}")
+            if kind != NOISE and self.sources[node - 1][0] == NOISE and node:
+                raise InputError(f"tree {self.name!r}: draft node {node} comes after the noise node {node - 1}")
             if rank < 0:
                 raise InputError(f"tree {self.name!r}: node {node} has the rank {rank}; accepted: 0 or more")
 
