@@ -1,6 +1,7 @@
 """What a pass costs by its number of tree nodes, beside one token and the memory-bandwidth floor.
 
     python benchmarks/step_cost.py --ckpt smollm2-135m-instruct
+    python benchmarks/step_cost.py --adapter DIR --nodes 1 --trees draft6,draft8
 
 All sizes take turns in one process. The floor is the time to read every weight and cached key and value once, at
 the best rate that any of several plain reads reaches in the same run.
@@ -23,11 +24,9 @@ import numpy as np
 from record import run_record
 
 from msn_jax import DecodeConfig, InputError, init, load
-from msn_jax.config import LoraConfig
-from msn_jax.decode import TreeSet, init_state, loop
+from msn_jax.decode import TreeSet, init_state, loop, tree_set
 from msn_jax.decode.tree import JACOBI, chain
-from msn_jax.lora import init_adapter
-from msn_jax.model import activation_dtype, unstack
+from msn_jax.model import activation_dtype
 from msn_jax.shapes import SHAPES
 
 
@@ -64,71 +63,67 @@ def main() -> None:
         default="smollm2-135m-instruct",
         help=f"a checkpoint, or with random weights: {', '.join(SHAPES)}",
     )
-    p.add_argument("--nodes", default="1,2,4,8,16,32,64")
+    p.add_argument("--nodes", default="1,2,4,8,16,32,64", help="chains of so many; ratios are to the first")
     p.add_argument("--slots", type=int, default=512, help="cache slots, half of them filled")
     p.add_argument("--batch_size", type=int, default=1)
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     p.add_argument("--rounds", type=int, default=30)
-    p.add_argument("--draft_rank", type=int, help="with a random draft-only adapter of this rank, on the last node")
+    p.add_argument("--trees", default="", help="names of trees to time as well, after the chains")
+    p.add_argument("--adapter", help="a draft-only adapter, for what --trees has of noise")
     args = p.parse_args()
     if args.ckpt in SHAPES:
-        cfg = SHAPES[args.ckpt]
+        cfg, drafter = SHAPES[args.ckpt], None
         params = init(jax.random.key(0), cfg, args.dtype)
     else:
-        lm = load(args.ckpt, dtype=args.dtype)
-        cfg, params = lm.cfg, lm.params
-
-    drafter = None
-    if args.draft_rank:
-        adapter = init_adapter(jax.random.key(0), cfg, LoraConfig(rank=args.draft_rank, draft_only=True), 1)
-        drafter = adapter.replace(layers=unstack(adapter.layers))
-        drafter = jax.tree.map(lambda a: a.astype(args.dtype), drafter)
+        lm = load(args.ckpt, adapter=args.adapter, dtype=args.dtype)
+        cfg, params, drafter = lm.cfg, lm.params, lm.drafter
 
     dtype = activation_dtype(args.dtype, jax.default_backend())
     prompts = [[1] * (args.slots // 2)] * args.batch_size
     programs, states = {}, {}
+    sets = {}
     for nodes in map(int, args.nodes.split(",")):
-        if args.draft_rank and nodes > 1:
-            tree = chain(nodes - 2, JACOBI, noise={nodes - 2: 1})
-        else:
-            tree = chain(nodes - 1, JACOBI)
-        trees = TreeSet(tree.name, (tree,), (0,))
+        tree = chain(nodes - 1, JACOBI)
+        sets[str(nodes)] = TreeSet(tree.name, (tree,), (0,))
+    sets |= {name: tree_set("tr-jacobi", name) for name in args.trees.split(",") if name}
+    for name, trees in sets.items():
         settings = DecodeConfig(max_new_tokens=args.slots // 4)
         state = init_state(cfg, trees, prompts, settings, (), slots=args.slots, dtype=dtype)
         cycle = partial(jax.jit, donate_argnums=1)(partial(loop.step, cfg=cfg, trees=trees))
-        states[nodes] = state
+        states[name] = state
 
-        def call(nodes=nodes, cycle=cycle):
+        def call(name=name, cycle=cycle):
             # The text grows by a token or more a call, within the limit; the donated cache goes round.
-            states[nodes] = cycle(params, states[nodes], drafter)
-            return states[nodes].forwards
+            states[name] = cycle(params, states[name], drafter)
+            return states[name].forwards
 
-        programs[str(nodes)] = call
-    seconds = {int(name): t for name, t in measure(programs, args.rounds).items()}
+        programs[name] = call
+    seconds = measure(programs, args.rounds)
+    first = next(iter(seconds))
     bytes_per_s = read_bytes_per_s(args.rounds)
 
     weights = sum(a.nbytes for a in jax.tree.leaves(params))
     if not cfg.tie_embeddings:
         weights -= params.embed.nbytes  # only a row of it is read
-    cache = states[min(states)].cache
+    cache = states[first].cache
     cached = sum(a.nbytes for a in jax.tree.leaves((cache.k, cache.v)))
     floor = (weights + cached) / bytes_per_s
-    one = np.median(seconds[min(seconds)])
+    one = np.median(seconds[first])
     sizes = f"{weights / 1e6:.0f} MB of weights, {cached / 1e6:.0f} MB of cache"
     print(f"{sizes}, read at {bytes_per_s / 1e9:.1f} GB/s: floor {1e3 * floor:.1f} ms")
-    print(f"{'nodes':>5} {'ms a pass':>9} {'min':>7} {'to one':>6} {'to floor':>8}")
+    print(f"{'nodes':>8} {'ms a pass':>9} {'min':>7} {'to first':>8} {'to floor':>8}")
     rows = {}
-    for nodes, t in seconds.items():
+    for name, t in seconds.items():
         # The ratio to one token is taken round by round: the machine's speed drifts, both drift with it.
-        ratio = float(np.median(t / seconds[min(seconds)]))
-        rows[nodes] = {
+        ratio = float(np.median(t / seconds[first]))
+        rows[name] = {
             "ms": round(1e3 * float(np.median(t)), 2),
             "min_ms": round(1e3 * float(t.min()), 2),
-            "ratio_to_one": round(ratio, 3),
+            "ratio_to_first": round(ratio, 3),
             "ratio_to_floor": round(float(np.median(t)) / floor, 3),
         }
-        row = rows[nodes]
-        print(f"{nodes:>5} {row['ms']:>9.1f} {row['min_ms']:>7.1f} {ratio:>6.2f} {row['ratio_to_floor']:>8.2f}")
+        row = rows[name]
+        print(f"{name:>8} {row['ms']:>9.1f} {row['min_ms']:>7.1f} {ratio:>8.2f} {row['ratio_to_floor']:>8.2f}")
     print(
         json.dumps(
             {
@@ -139,7 +134,7 @@ def main() -> None:
                 "slots": args.slots,
                 "floor_ms": round(1e3 * floor, 2),
                 "read_gb_per_s": round(bytes_per_s / 1e9, 2),
-                "one_token_ms": round(1e3 * float(one), 2),
+                "first_ms": round(1e3 * float(one), 2),
                 "nodes": rows,
             }
         )

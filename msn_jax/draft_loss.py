@@ -53,8 +53,8 @@ def two_streams(
     """Hidden rows of the clean row [B, T, D] and of the noise under its anchors [B, A, J, D].
 
     params, adapter stacked; batch: arrays [B, T] of data.py; anchors int32[B, A] (below 0: noise under the first
-    token, to be left out); dtype as in `forward`. Layer by layer the noise attends to keys and values of the clean stream, which nothing
-    flows back into.
+    token, to be left out); dtype: see `forward`. Layer by layer the noise attends to keys and values of the clean
+    stream, which nothing flows back into.
     """
     B, A = anchors.shape
     J, at = adapter.noise_embed.shape[0], jnp.maximum(anchors, 0)

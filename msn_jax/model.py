@@ -390,7 +390,14 @@ def causal_attention(q: Array, k: Array, v: Array, segments: Array | None, windo
 
 
 def block(
-    cfg: ModelConfig, layer: Layer, x: Array, cos: Array, sin: Array, attend: Callable, adapter=None, last: int | None = None
+    cfg: ModelConfig,
+    layer: Layer,
+    x: Array,
+    cos: Array,
+    sin: Array,
+    attend: Callable,
+    adapter: Layer | None = None,
+    last: int | None = None,
 ) -> tuple[Array, tuple]:
     """One decoder layer: x [B, T, D] -> (x, (k, v)) with this call's k, v [B, K, T, H].
 

@@ -177,10 +177,18 @@ def loss_sums(
     """Loss summed over the reply tokens of a batch that is fed as `inputs`, and what it is made of.
 
     batch: arrays [B, T] of data.py, whose tokens give the labels; inputs int32[B, T], with noise where depth
-    int32[B, T] is above 0; dtype as in `forward`. Returns (float32[], float32[1 + noise_length, 4]: COUNT, LOSS, TOP1, TOP10 by depth).
+    int32[B, T] is above 0; dtype: see `forward`. Returns (float32[], float32[1 + noise_length, 4]: COUNT, LOSS, TOP1,
+    TOP10 by depth).
     """
     hidden, _ = forward(
-        params, cfg, inputs, batch["positions"], segments=batch["segment_ids"], adapter=adapter, remat=remat, dtype=dtype
+        params,
+        cfg,
+        inputs,
+        batch["positions"],
+        segments=batch["segment_ids"],
+        adapter=adapter,
+        remat=remat,
+        dtype=dtype,
     )
     labels, counts = next_labels(batch)
     nll, rank = token_scores(params, cfg, hidden, labels, counts, head_chunk)
