@@ -56,13 +56,14 @@ def main() -> None:
     p.add_argument("--max_new_tokens", type=int, default=160)
     p.add_argument("--batch_size", type=int, default=8)
     p.add_argument("--method", default="ar")
+    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", type=Path, required=True)
     args = p.parse_args()
 
     done = kept_rows(args.out)
     asked = done[-1]["asked"] if done else 0
-    lm = load(args.ckpt)
+    lm = load(args.ckpt, dtype=args.dtype)
     prompts = ((prompt, encode(lm, prompt)) for prompt in in_turn(args.sources, args.seed))
     short = itertools.islice((pair for pair in prompts if len(pair[1]) <= args.max_prompt_tokens), args.rows)
     config = DecodeConfig(method=args.method, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size)

@@ -92,10 +92,10 @@ def test_linear_contracts_the_last_axes(rows):
     np.testing.assert_allclose(got, np.einsum("btnh,ofnh->btof", x, w), atol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [8, 33])
-def test_bfloat16_weights_round_float32_rows_and_their_gradients(rows):
+@pytest.mark.parametrize(("batch", "rows"), [(1, 1), (2, 8), (2, 33)])
+def test_bfloat16_weights_round_float32_rows_and_their_gradients(batch, rows):
     rng = np.random.default_rng(0)
-    x, w, y_bar = (rng.standard_normal(shape) for shape in ((2, rows, 3, 4), (5, 6, 3, 4), (2, rows, 5, 6)))
+    x, w, y_bar = (rng.standard_normal(shape) for shape in ((batch, rows, 3, 4), (5, 6, 3, 4), (batch, rows, 5, 6)))
     rounded = lambda a: np.asarray(jnp.asarray(a, jnp.bfloat16), np.float64)
     product = lambda x, w: linear(x, w, in_dims=2)
     args = jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.bfloat16)

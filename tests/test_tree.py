@@ -61,10 +61,6 @@ def test_methods_take_their_own_drafts():
     assert tree_set("jacobi", "adaptive").trees[0].size == 8
 
 
-def test_bfloat16_on_cpu_runs_two_rows():
-    assert tree_set("ar", dtype="bfloat16").trees[0].size == 2
-
-
 @pytest.mark.parametrize(
     "parents, sources, named",
     [

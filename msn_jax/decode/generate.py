@@ -117,7 +117,7 @@ def _backend(lm: LM) -> str:
 
 
 def _trees(lm: LM, decode: DecodeConfig) -> TreeSet:
-    trees = tree_set(decode.method, decode.tree, _backend(lm), str(lm.dtype), lm.drafter is not None)
+    trees = tree_set(decode.method, decode.tree, _backend(lm), lm.drafter is not None)
     depths = max(int(tree.noise_depth.max()) for tree in trees.trees)
     if lm.drafter is not None and depths > len(lm.drafter.noise_embed):
         raise InputError(

@@ -231,7 +231,6 @@ _DRAFT_16, _NOISE_16 = {(): 6, (0,): 2}, {(): 2, (0,): 2, (1,): 2, (0, 0): 1}
 _ROOT = TreeSpec("root", (-1,), ((ROOT, 0),))
 _TREES = (
     _ROOT,
-    TreeSpec("root2", (-1, 0), ((ROOT, 0), (NOISE, 0))),  # two rows: XLA:CPU converts bf16 weights for one
     chain(3, EITHER, "chain4"),
     chain(7, EITHER, "chain8"),
     chain(15, EITHER, "chain16"),
@@ -268,7 +267,7 @@ _DRAFT_ONLY = {
 
 
 def tree_set(
-    method: str, name: str | None = None, backend: str = "cpu", dtype: str = "float32", draft_only: bool = False
+    method: str, name: str | None = None, backend: str = "cpu", draft_only: bool = False
 ) -> TreeSet:
     """The trees a method decodes with: those of `name`, less the drafts that the method does not use.
 
@@ -280,7 +279,7 @@ def tree_set(
     if name is not None and name not in TREE_SETS:
         raise InputError(f"unknown tree {name!r}; accepted: {', '.join(TREE_SETS)}")
     if method == "ar":
-        return TREE_SETS["root2" if backend == "cpu" and dtype == "bfloat16" else "root"]
+        return TREE_SETS["root"]
     default = _DEFAULT[backend] | (_DRAFT_ONLY[backend] if draft_only else {})
     base = TREE_SETS[name or default[method]]
     if method == "jacobi":
