@@ -26,7 +26,6 @@ from record import run_record
 from msn_jax import DecodeConfig, InputError, init, load
 from msn_jax.decode import TreeSet, init_state, loop, tree_set
 from msn_jax.decode.tree import JACOBI, chain
-from msn_jax.model import activation_dtype
 from msn_jax.shapes import SHAPES
 
 
@@ -78,7 +77,6 @@ def main() -> None:
         lm = load(args.ckpt, adapter=args.adapter, dtype=args.dtype)
         cfg, params, drafter = lm.cfg, lm.params, lm.drafter
 
-    dtype = activation_dtype(args.dtype, jax.default_backend())
     prompts = [[1] * (args.slots // 2)] * args.batch_size
     programs, states = {}, {}
     sets = {}
@@ -88,7 +86,7 @@ def main() -> None:
     sets |= {name: tree_set("tr-jacobi", name) for name in args.trees.split(",") if name}
     for name, trees in sets.items():
         settings = DecodeConfig(max_new_tokens=args.slots // 4)
-        state = init_state(cfg, trees, prompts, settings, (), slots=args.slots, dtype=dtype)
+        state = init_state(cfg, trees, prompts, settings, (), slots=args.slots, dtype=args.dtype)
         cycle = partial(jax.jit, donate_argnums=1)(partial(loop.step, cfg=cfg, trees=trees))
         states[name] = state
 

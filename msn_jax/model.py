@@ -416,7 +416,8 @@ def block(
         qk = norm(qk, scale, None, cfg.norm_eps)
     qk = rope(qk, cos, sin)
     q, k, v = qk[..., :-1, :], qk[..., -1, :].transpose(0, 2, 1, 3), qkv[..., -1, :].transpose(0, 2, 1, 3)
-    a = attend(q, k, v)
+    q, k, v = (rows.astype(layer.qkv.dtype) for rows in (q, k, v))
+    a = attend(q, k, v).astype(x.dtype)
     x = x + constrain(adapted(a, layer.o, layer.o_bias, part("o"), last, in_dims=2), "batch", None, None)
     h = norm(x, layer.mlp_norm, layer.mlp_norm_bias, cfg.norm_eps)
     gate_up = adapted(h, layer.gate_up, layer.gate_up_bias, part("gate_up"), last)
@@ -465,13 +466,13 @@ def forward(
     J for the last tokens, which are noise; the adapter then acts on them alone, and a DraftAdapter gives them their
     embeddings.
     remat: what the backward pass of stacked layers recomputes, see TrainConfig.
-    dtype: of what stands between products; None: that of the cache, without one that of the weights.
+    dtype: of what stands between products, the residual stream; None: that of the weights.
 
     Returns (hidden [B, T, D] after the final norm, new k, v); `unembed` turns hidden rows into logits.
     """
     cos, sin = rope_angles(cfg, positions)
-    dtype = dtype or (params.embed if cache is None else cache.k[0]).dtype
-    x = embed(params, tokens).astype(dtype)
+    x = embed(params, tokens)
+    x = x.astype(dtype or x.dtype)
     last = None if noise_depth is None else int((noise_depth > 0).sum())
     if last is not None and not (noise_depth[len(noise_depth) - last :] > 0).all():
         raise ValueError(f"noise_depth {noise_depth}: noise must come last")

@@ -64,7 +64,8 @@ def decode_state(cfg: ModelConfig, trees: TreeSet, mesh, batch: int, slots: int,
 
     settings = DecodeConfig(max_new_tokens=1)
     small = dataclasses.replace(cfg, layers=1)
-    state = jax.eval_shape(lambda: loop.init_state(small, trees, [[0]] * batch, settings, (), slots=slots, dtype=dtype))
+    new = partial(loop.init_state, slots=slots, dtype=dtype, backend="tpu")
+    state = jax.eval_shape(lambda: new(small, trees, [[0]] * batch, settings, ()))
     state = jax.tree.map(everywhere, state)
     cache = shaped(cache_spec(cfg, batch, slots), mesh, dtype)
     return state.replace(cache=cache.replace(length=state.cache.length))

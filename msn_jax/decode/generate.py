@@ -112,12 +112,8 @@ def generate_batches(
     )
 
 
-def _backend(lm: LM) -> str:
-    return next(iter(lm.params.embed.devices())).platform
-
-
 def _trees(lm: LM, decode: DecodeConfig) -> TreeSet:
-    trees = tree_set(decode.method, decode.tree, _backend(lm), lm.drafter is not None)
+    trees = tree_set(decode.method, decode.tree, lm.backend, lm.drafter is not None)
     depths = max(int(tree.noise_depth.max()) for tree in trees.trees)
     if lm.drafter is not None and depths > len(lm.drafter.noise_embed):
         raise InputError(
@@ -128,7 +124,7 @@ def _trees(lm: LM, decode: DecodeConfig) -> TreeSet:
 
 
 def _generate_batch(lm, prompts, ids, first, size, decode, trees, on_tokens) -> list[Result]:
-    chunk = PREFILL_CHUNK[_backend(lm)]
+    chunk = PREFILL_CHUNK[lm.backend]
     need = max(loop.slots_needed(len(p), decode.max_new_tokens, trees.width, chunk) for p in prompts)
     slots = loop.bucket(need)
     # A short last batch is filled with rows that are done from the start, so that it runs the same program.
@@ -141,14 +137,16 @@ def _generate_batch(lm, prompts, ids, first, size, decode, trees, on_tokens) -> 
         lm.stop_ids,
         slots=slots,
         requests=list(range(first, first + size)),
-        dtype=activation_dtype(lm.dtype, _backend(lm)),
+        dtype=lm.dtype,
+        backend=lm.backend,
     )
     state = state.replace(done=jnp.arange(size) >= len(prompts))
     run = lambda state, cycles: loop.run(lm.params, state, cycles, lm.drafter, cfg=lm.cfg, trees=trees)
 
     program = (lm.cfg, chunk, size, slots, str(lm.dtype))
     if program not in _warm and max(map(len, prompts)) > 1:
-        cache = loop.prefill_chunk(lm.params, state.cache, state.tokens, 0, cfg=lm.cfg, chunk=chunk)
+        dtype = state.activations
+        cache = loop.prefill_chunk(lm.params, state.cache, state.tokens, 0, cfg=lm.cfg, chunk=chunk, dtype=dtype)
         state = state.replace(cache=cache)
         _warm.add(program)
     jax.block_until_ready(state)
@@ -205,7 +203,7 @@ def top_gap(lm: LM, ids: Sequence[int], decode: DecodeConfig, request: int = 0) 
     tokens = np.zeros((1, length), np.int32)
     tokens[0, : len(ids)] = ids
     sampling = loop.sampling_of(decode)
-    dtype = activation_dtype(lm.dtype, _backend(lm))
+    dtype = activation_dtype(lm.dtype, lm.backend)
     return float(_top_gap(lm.params, jnp.asarray(tokens), len(ids), request, sampling, cfg=lm.cfg, dtype=dtype))
 
 

@@ -18,7 +18,7 @@ from jax import Array
 from msn_jax.config import DecodeConfig, InputError, ModelConfig
 from msn_jax.decode import draft, verify
 from msn_jax.decode.tree import TreeSet, TreeSpec
-from msn_jax.model import DraftAdapter, KVCache, Params, forward, init_cache, unembed, write_cache
+from msn_jax.model import DraftAdapter, KVCache, Params, activation_dtype, forward, init_cache, unembed, write_cache
 
 MAX_STOP_IDS = 16
 DRAFT_STREAM = 2**32 - 1  # no request has this index: the noise of drafts never meets that of samples
@@ -40,6 +40,7 @@ class DecodeState:
     request: Array  # int32[B]: index of the row among all prompts of the call
     stop_ids: Array  # int32[MAX_STOP_IDS], -1 unused
     sampling: verify.Sampling
+    activations: jnp.dtype = struct.field(pytree_node=False)  # see activation_dtype
 
 
 @struct.dataclass
@@ -87,9 +88,11 @@ def init_state(
     slots: int,
     requests: list[int] | None = None,
     dtype=jnp.float32,
+    backend: str | None = None,
 ) -> DecodeState:
     """The state before prefill. prompts: token ids of each row, one or more; slots: see `slots_needed`.
 
+    dtype: that of the weights; backend: where the loop is to run (None: jax's default).
     Raises InputError where the slots or the room for stop ids do not suffice.
     """
     B = len(prompts)
@@ -118,6 +121,7 @@ def init_state(
         request=jnp.asarray(list(range(B)) if requests is None else requests, jnp.int32),
         stop_ids=jnp.asarray(stops),
         sampling=sampling_of(decode),
+        activations=activation_dtype(dtype, backend or jax.default_backend()),
     )
 
 
@@ -131,11 +135,11 @@ def sampling_of(decode: DecodeConfig) -> verify.Sampling:
     )
 
 
-@partial(jax.jit, static_argnames=("cfg", "chunk"), donate_argnames="cache")
+@partial(jax.jit, static_argnames=("cfg", "chunk", "dtype"), donate_argnames="cache")
 def prefill_chunk(
-    params: Params, cache: KVCache, tokens: Array, start: Array, *, cfg: ModelConfig, chunk: int
+    params: Params, cache: KVCache, tokens: Array, start: Array, *, cfg: ModelConfig, chunk: int, dtype=None
 ) -> KVCache:
-    """Store keys and values of tokens[:, start : start + chunk]; the cache's lengths stay.
+    """Store keys and values of tokens[:, start : start + chunk]; the cache's lengths stay. dtype: see `forward`.
 
     Rows are right-padded: what a shorter row stores beyond its prompt lies above its length and is never read.
     """
@@ -143,7 +147,7 @@ def prefill_chunk(
     part = jax.lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1)
     positions = jnp.broadcast_to(start + jnp.arange(chunk), part.shape)
     starts = jnp.full(B, start, jnp.int32)
-    _, new = forward(params, cfg, part, positions, None, cache.replace(length=starts))
+    _, new = forward(params, cfg, part, positions, None, cache.replace(length=starts), dtype=dtype)
     return write_cache(cache, new, starts)
 
 
@@ -156,7 +160,7 @@ def prefill(params: Params, state: DecodeState, *, cfg: ModelConfig, chunk: int)
     if -(-int(cache.length.max()) // chunk) * chunk > slots:
         raise InputError(f"{slots} cache slots do not hold prompts of {int(cache.length.max())} in chunks of {chunk}")
     for start in range(0, int(cache.length.max()), chunk):
-        cache = prefill_chunk(params, cache, state.tokens, start, cfg=cfg, chunk=chunk)
+        cache = prefill_chunk(params, cache, state.tokens, start, cfg=cfg, chunk=chunk, dtype=state.activations)
     return state.replace(cache=cache)
 
 
@@ -180,7 +184,9 @@ def tree_pass(
     positions = last[:, None] + tree.depth
     # Static, so that a tree without noise pays nothing for the adapter.
     drafts = {"adapter": drafter, "noise_depth": tree.noise_depth} if drafter and tree.noise_depth.any() else {}
-    hidden, new = forward(params, cfg, tokens, positions, tree.ancestors, state.cache, **drafts)
+    hidden, new = forward(
+        params, cfg, tokens, positions, tree.ancestors, state.cache, dtype=state.activations, **drafts
+    )
     logits = unembed(params, cfg, hidden)
 
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -266,9 +266,7 @@ _DRAFT_ONLY = {
 }
 
 
-def tree_set(
-    method: str, name: str | None = None, backend: str = "cpu", draft_only: bool = False
-) -> TreeSet:
+def tree_set(method: str, name: str | None = None, backend: str = "cpu", draft_only: bool = False) -> TreeSet:
     """The trees a method decodes with: those of `name`, less the drafts that the method does not use.
 
     draft_only: whether a draft-only adapter stands by, which has default trees of its own.

@@ -46,6 +46,10 @@ class LM:
     def dtype(self):
         return self.params.embed.dtype
 
+    @property
+    def backend(self) -> str:
+        return next(iter(self.params.embed.devices())).platform
+
 
 @dataclasses.dataclass(frozen=True)
 class Opened:
