@@ -106,13 +106,14 @@ def train(plan: dict, args: argparse.Namespace, folder: Path) -> dict:
     return {"train": shown | {"rows_sha256": hashes}, "metrics": metrics(folder / "run")}
 
 
-def measure_speed(plan: dict, arm: dict, ckpt: str, data: Path, folder: Path) -> dict:
+def measure_speed(plan: dict, arm: dict, dtype: str, ckpt: str, data: Path, folder: Path) -> dict:
     questions = data / "eval" / "spec_bench.dev.jsonl"
     spec = ["--ckpt", ckpt, "--questions", questions, "--limit", plan["questions"]]
     spec += ["--methods", arm.get("methods", plan["methods"])]
-    spec += ["--max_new_tokens", plan["max_new_tokens"], "--results", folder / "spec.jsonl"]
+    kept = folder / f"spec_{dtype}.jsonl"
+    spec += ["--dtype", dtype, "--max_new_tokens", plan["max_new_tokens"], "--results", kept]
     measured = json.loads(run("benchmarks/spec_bench.py", *spec))
-    rows = [row for group in kept_rows(folder / "spec.jsonl")[1:] for row in group]
+    rows = [row for group in kept_rows(kept)[1:] for row in group]
     columns = ("question_id", "turn", "category", "method", "tokens", "forwards", "accepted", "rep4_frac", "outcome")
     return {
         "spec_bench": {name: measured[name] for name in ("dtype", "seed", "methods", "categories")},
@@ -156,7 +157,9 @@ def main() -> None:
     if SECTIONS & arm.keys():
         result |= train(plan, args, folder)
         ckpt = str(folder / "run")
-    result |= measure_speed(plan, arm, ckpt, args.data.resolve(), folder)
+    dtype, *others = arm.get("dtypes", ["float32"])
+    result |= measure_speed(plan, arm, dtype, ckpt, args.data.resolve(), folder)
+    result["other_dtypes"] = {d: measure_speed(plan, arm, d, ckpt, args.data.resolve(), folder) for d in others}
     if not arm.get("lora", {}).get("draft_only"):  # or its replies are those of the base, and so is its quality
         result |= measure_tasks(plan, ckpt, args.data.resolve(), folder)
 

@@ -108,8 +108,10 @@ def interval(values: tuple[float, float, float], digits: int = 2) -> str:
 
 
 def speed_section(results: dict[str, dict]) -> str:
-    rows = []
+    rows, every = [], {}
     for name, result in results.items():
+        every |= {name: result} | {f"{name} {d}": measured for d, measured in result.get("other_dtypes", {}).items()}
+    for name, result in every.items():
         for method, f in result["spec_bench"]["methods"].items():
             sums = by_question(result, method)
             mat = "1.00" if method == "ar" else interval(mat_interval(sums)) if sums else "all loop"
@@ -255,7 +257,8 @@ def main() -> None:
     text.append("## Speed and acceptance\n")
     questions = next(iter(results.values()))["spec_bench"]["methods"]["ar"]["questions"]
     text.append(
-        f"Spec-Bench, {questions} questions over all categories, float32, greedy, batch 1. MAT: tokens a pass."
+        f"Spec-Bench, {questions} questions over all categories, float32 unless said, greedy, batch 1. MAT: tokens a"
+        f" pass."
         f" Intervals are 95%. An output loops when it repeats {LOOPS:.0%} of its 4-grams or more; claims rest on those"
         " that do not. Times are of the run itself, against `ar` of the same arm question by question. The last column:"
         " outputs that equal those of `ar`, that differ first at a near tie, that differ.\n"
