@@ -266,7 +266,7 @@ def adapted(
     """`linear` with its bias, and with what an adapter adds to the `last` of T tokens (None: to all)."""
     y = linear(x, w, in_dims)
     if bias is not None:
-        y = y + bias
+        y = y + bias.astype(y.dtype)
     if low_rank is None:
         return y
     x = x if last is None else x[:, -last:]

@@ -56,6 +56,19 @@ def test_cached_decoding_matches_torch(golden, name):
     np.testing.assert_allclose(logits, data["cached_logits"], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["qwen3", "starcoder2"])
+def test_bfloat16_weights_between_float32_activations_stay_near_torch(golden, name):
+    cfg, params, data = golden[name]
+    params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
+    ids = jnp.asarray(data["long_ids"])
+    apart = {}
+    for dtype in ("bfloat16", "float32"):
+        hidden, _ = msn_jax.forward(params, cfg, ids, jnp.arange(ids.shape[1])[None], dtype=dtype)
+        assert hidden.dtype == dtype
+        apart[dtype] = np.abs(unembed(params, cfg, hidden) - data["cached_logits"]).mean()
+    assert 0 < apart["float32"] < apart["bfloat16"] < 0.1 * np.abs(data["cached_logits"]).mean()
+
+
 def test_packed_rows_in_blocks_match_torch(golden, monkeypatch):
     cfg, params, data = golden["mistral"]
     monkeypatch.setattr(model, "QUERY_BLOCK", (4, 4))
