@@ -96,6 +96,9 @@ def train(plan: dict, args: argparse.Namespace, folder: Path) -> dict:
     config = train_config(plan, args.arm, args.seed, sources, folder / "run")
     (folder / "train.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     run("train.py", "--config", folder / "train.yaml")
+    lines = metrics(folder / "run")
+    if lines[-1]["step"] < config["train"]["steps"]:  # train.py saves and ends in good order at SIGTERM
+        raise InputError(f"training stopped at step {lines[-1]['step']}; the same command goes on from there")
 
     # Without folders, which differ from machine to machine.
     files = [Path(source["path"]) for source in sources]
@@ -103,7 +106,7 @@ def train(plan: dict, args: argparse.Namespace, folder: Path) -> dict:
     shown = config | {"data": config["data"] | {"sources": named}, "train": dict(config["train"])}
     del shown["train"]["out"]
     hashes = {file.name: row_hash(file) for file in files if file.is_file()}
-    return {"train": shown | {"rows_sha256": hashes}, "metrics": metrics(folder / "run")}
+    return {"train": shown | {"rows_sha256": hashes}, "metrics": lines}
 
 
 def measure_speed(plan: dict, arm: dict, dtype: str, ckpt: str, data: Path, folder: Path) -> dict:
