@@ -258,10 +258,9 @@ def main() -> None:
     questions = next(iter(results.values()))["spec_bench"]["methods"]["ar"]["questions"]
     text.append(
         f"Spec-Bench, {questions} questions over all categories, float32 unless said, greedy, batch 1. MAT: tokens a"
-        f" pass."
-        f" Intervals are 95%. An output loops when it repeats {LOOPS:.0%} of its 4-grams or more; claims rest on those"
-        " that do not. Times are of the run itself, against `ar` of the same arm question by question. The last column:"
-        " outputs that equal those of `ar`, that differ first at a near tie, that differ.\n"
+        f" pass. Intervals are 95%. An output loops when it repeats {LOOPS:.0%} of its 4-grams or more; claims rest on"
+        " those that do not. Times are of the run itself, against `ar` of the same arm question by question. The last"
+        " column: outputs that equal those of `ar`, that differ first at a near tie, that differ.\n"
     )
     text.append(speed_section(results))
     bases = [(f"plain-seed{r['seed']}", name) for name, r in results.items() if name in trained]

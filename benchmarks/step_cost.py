@@ -78,8 +78,7 @@ def main() -> None:
         cfg, params, drafter = lm.cfg, lm.params, lm.drafter
 
     prompts = [[1] * (args.slots // 2)] * args.batch_size
-    programs, states = {}, {}
-    sets = {}
+    programs, states, sets = {}, {}, {}
     for nodes in map(int, args.nodes.split(",")):
         tree = chain(nodes - 1, JACOBI)
         sets[str(nodes)] = TreeSet(tree.name, (tree,), (0,))
@@ -112,7 +111,7 @@ def main() -> None:
     print(f"{'nodes':>8} {'ms a pass':>9} {'min':>7} {'to first':>8} {'to floor':>8}")
     rows = {}
     for name, t in seconds.items():
-        # The ratio to one token is taken round by round: the machine's speed drifts, both drift with it.
+        # The ratio to the first is taken round by round: the machine's speed drifts, both drift with it.
         ratio = float(np.median(t / seconds[first]))
         rows[name] = {
             "ms": round(1e3 * float(np.median(t)), 2),

@@ -41,7 +41,7 @@ class TreeSpec:
                 raise InputError(f"tree {self.name!r}: node {node} has the unknown source {kind!r}")
             if node and kind != NOISE and self.sources[parent][0] == NOISE:
                 raise InputError(f"tree {self.name!r}: draft node {node} hangs under the noise node {parent}")
-            if kind != NOISE and self.sources[node - 1][0] == NOISE and node:
+            if node and kind != NOISE and self.sources[node - 1][0] == NOISE:
                 raise InputError(f"tree {self.name!r}: draft node {node} comes after the noise node {node - 1}")
             if rank < 0:
                 raise InputError(f"tree {self.name!r}: node {node} has the rank {rank}; accepted: 0 or more")
