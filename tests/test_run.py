@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 import os
 import resource
@@ -238,6 +239,22 @@ def test_a_disk_that_fills_during_a_save(tmp_path, state, request, at_the_next, 
     got, _, step = Checkpoints(tmp_path, 5).restore(abstract(state))
     assert step == 2
     same(got, at(state, 2))
+
+
+@pytest.mark.parametrize("error", [errno.ENOTEMPTY, errno.ENOENT])
+def test_a_half_written_checkpoint_that_is_still_written_to(tmp_path, state, monkeypatch, error):
+    half = tmp_path / "checkpoints/3.orbax-checkpoint-tmp"
+    half.mkdir(parents=True)
+    really, errors = shutil.rmtree, [OSError(error, os.strerror(error))] * 3
+
+    def rmtree(path):
+        if errors:
+            raise errors.pop()
+        really(path)
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    Checkpoints(tmp_path, 5).restore(abstract(state))
+    assert not half.exists() and not errors
 
 
 def test_a_run_directory_that_cannot_be_written(tmp_path):

@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import tempfile
+import time
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -156,7 +157,7 @@ class Checkpoints:
     def _delete_unfinished(self) -> None:
         if jax.process_index() == 0:
             for path in self._folder.glob(f"*{_TEMPORARY}*"):
-                path.rmtree()
+                _remove(path)
                 _warn(f"{path}: a half-written checkpoint, deleted")
 
     def _finish(self, step: int, response: ocp.AsyncResponse) -> None:
@@ -305,6 +306,17 @@ def _reason(error: Exception) -> str:
 def _warn(line: str) -> None:
     if jax.process_index() == 0:
         print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
+def _remove(path: epath.Path) -> None:
+    """Delete a directory. Of a save that failed, threads of orbax may still be writing there for a moment."""
+    for attempt in range(50):
+        try:
+            return path.rmtree()
+        except OSError as e:  # a file came into it, or left it, meanwhile
+            if attempt == 49 or e.errno not in (errno.ENOTEMPTY, errno.ENOENT):
+                raise
+            time.sleep(0.1)
 
 
 def _barrier(name: str) -> None:
