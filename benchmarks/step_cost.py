@@ -71,6 +71,8 @@ def main() -> None:
     p.add_argument("--adapter", help="a draft-only adapter, for what --trees has of noise")
     args = p.parse_args()
     if args.ckpt in SHAPES:
+        if args.adapter:
+            raise InputError(f"--adapter: {args.ckpt} has random weights; accepted: with a checkpoint")
         cfg, drafter = SHAPES[args.ckpt], None
         params = init(jax.random.key(0), cfg, args.dtype)
     else:

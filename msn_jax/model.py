@@ -476,6 +476,8 @@ def forward(
     last = None if noise_depth is None else int((noise_depth > 0).sum())
     if last is not None and not (noise_depth[len(noise_depth) - last :] > 0).all():
         raise ValueError(f"noise_depth {noise_depth}: noise must come last")
+    if last == 0:  # nothing for it to act on
+        adapter, last = None, None
     if isinstance(adapter, DraftAdapter):
         noise = adapter.noise_embed.astype(x.dtype)[noise_depth[-last:] - 1]
         x = jnp.concatenate([x[:, :-last], jnp.broadcast_to(noise, (len(x), *noise.shape))], axis=1)

@@ -12,7 +12,7 @@ import numpy as np
 from msn_jax.config import InputError
 from msn_jax.decode.loop import bucket
 from msn_jax.io.checkpoint import LM
-from msn_jax.model import activation_dtype, forward, unembed
+from msn_jax.model import forward, unembed
 
 
 def loglikelihoods(
@@ -32,7 +32,6 @@ def loglikelihoods(
             )
     # Neighbours in length share a batch, so that little of it is padding.
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
-    dtype = activation_dtype(lm.dtype, lm.backend)
     out: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
     for at in range(0, len(order), batch_size):
         rows = order[at : at + batch_size]
@@ -46,7 +45,7 @@ def loglikelihoods(
             n, m = len(context), len(continuation)
             tokens[row, : n + m] = [*context, *continuation]
             places[row, :m], labels[row, :m] = np.arange(n - 1, n + m - 1), continuation
-        scores, greedy = jax.device_get(_score(lm.params, tokens, places, labels, cfg=lm.cfg, dtype=dtype))
+        scores, greedy = jax.device_get(_score(lm.params, tokens, places, labels, cfg=lm.cfg, dtype=lm.activations))
         for row, i in enumerate(rows):
             out[i] = float(scores[row]), bool(greedy[row])
     return out

@@ -260,6 +260,8 @@ def test_a_new_adapter_changes_nothing_and_acts_on_noise_alone(tiny, batch):
     noise_depth = np.maximum(np.arange(24) - 19, 0)
     noisy, _ = forward(frozen, cfg, tokens, positions, adapter=adapter, noise_depth=noise_depth)
     assert (noisy[:, :20] == plain[:, :20]).all() and (noisy[:, 20:] != plain[:, 20:]).all()
+    none, _ = forward(frozen, cfg, tokens, positions, adapter=adapter, noise_depth=np.zeros(24, int))
+    assert (none == plain).all()
     with pytest.raises(ValueError, match="noise must come last"):
         forward(frozen, cfg, tokens, positions, adapter=adapter, noise_depth=noise_depth[::-1])
 

@@ -19,7 +19,7 @@ from msn_jax.decode.verify import sampling_scores
 from msn_jax.io.checkpoint import LM
 from msn_jax.io.tokenizer import decode as to_text
 from msn_jax.io.tokenizer import encode_chat, encode_text
-from msn_jax.model import activation_dtype, forward, unembed
+from msn_jax.model import forward, unembed
 
 # Tokens of one prefill pass. On CPU 64 already run at the speed of the matrix products.
 PREFILL_CHUNK = {"cpu": 64, "gpu": 512, "tpu": 512}
@@ -203,8 +203,8 @@ def top_gap(lm: LM, ids: Sequence[int], decode: DecodeConfig, request: int = 0) 
     tokens = np.zeros((1, length), np.int32)
     tokens[0, : len(ids)] = ids
     sampling = loop.sampling_of(decode)
-    dtype = activation_dtype(lm.dtype, lm.backend)
-    return float(_top_gap(lm.params, jnp.asarray(tokens), len(ids), request, sampling, cfg=lm.cfg, dtype=dtype))
+    gap = _top_gap(lm.params, jnp.asarray(tokens), len(ids), request, sampling, cfg=lm.cfg, dtype=lm.activations)
+    return float(gap)
 
 
 @partial(jax.jit, static_argnames=("cfg", "dtype"))

@@ -183,7 +183,7 @@ def tree_pass(
 
     positions = last[:, None] + tree.depth
     # Static, so that a tree without noise pays nothing for the adapter.
-    drafts = {"adapter": drafter, "noise_depth": tree.noise_depth} if drafter and tree.noise_depth.any() else {}
+    drafts = {"adapter": drafter, "noise_depth": tree.noise_depth} if drafter else {}
     hidden, new = forward(
         params, cfg, tokens, positions, tree.ancestors, state.cache, dtype=state.activations, **drafts
     )
