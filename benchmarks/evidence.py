@@ -109,19 +109,17 @@ def train(plan: dict, args: argparse.Namespace, folder: Path) -> dict:
     return {"train": shown | {"rows_sha256": hashes}, "metrics": lines}
 
 
-def measure_speed(plan: dict, arm: dict, dtype: str, ckpt: str, data: Path, folder: Path) -> dict:
+def measure_speed(plan: dict, methods: str, dtype: str, ckpt: str, data: Path, folder: Path) -> dict:
+    """Figures of spec_bench.py in a dtype: overall, by category, and answer by answer."""
     questions = data / "eval" / "spec_bench.dev.jsonl"
     spec = ["--ckpt", ckpt, "--questions", questions, "--limit", plan["questions"]]
-    spec += ["--methods", arm.get("methods", plan["methods"])]
     kept = folder / f"spec_{dtype}.jsonl"
-    spec += ["--dtype", dtype, "--max_new_tokens", plan["max_new_tokens"], "--results", kept]
+    spec += ["--methods", methods, "--dtype", dtype, "--max_new_tokens", plan["max_new_tokens"], "--results", kept]
     measured = json.loads(run("benchmarks/spec_bench.py", *spec))
     rows = [row for group in kept_rows(kept)[1:] for row in group]
     columns = ("question_id", "turn", "category", "method", "tokens", "forwards", "accepted", "rep4_frac", "outcome")
-    return {
-        "spec_bench": {name: measured[name] for name in ("dtype", "seed", "methods", "categories")},
-        "answers": [{column: row[column] for column in columns} for row in rows],
-    }
+    answers = [{column: row[column] for column in columns} for row in rows]
+    return {"methods": measured["methods"], "categories": measured["categories"], "answers": answers}
 
 
 def measure_tasks(plan: dict, ckpt: str, data: Path, folder: Path) -> dict:
@@ -160,15 +158,15 @@ def main() -> None:
     if SECTIONS & arm.keys():
         result |= train(plan, args, folder)
         ckpt = str(folder / "run")
-    dtype, *others = arm.get("dtypes", ["float32"])
-    result |= measure_speed(plan, arm, dtype, ckpt, args.data.resolve(), folder)
-    result["other_dtypes"] = {d: measure_speed(plan, arm, d, ckpt, args.data.resolve(), folder) for d in others}
+    data = args.data.resolve()
+    methods = arm.get("methods", plan["methods"])
+    result["speed"] = {d: measure_speed(plan, m, d, ckpt, data, folder) for d, m in methods.items()}
     if not arm.get("lora", {}).get("draft_only"):  # or its replies are those of the base, and so is its quality
-        result |= measure_tasks(plan, ckpt, args.data.resolve(), folder)
+        result |= measure_tasks(plan, ckpt, data, folder)
 
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result) + "\n")
-    print(json.dumps({"arm": args.arm, "seed": args.seed, "methods": result["spec_bench"]["methods"]}))
+    print(json.dumps({"arm": args.arm, "seed": args.seed, **{d: s["methods"] for d, s in result["speed"].items()}}))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
+from itertools import product
 from pathlib import Path
 
 import matplotlib
@@ -49,10 +50,20 @@ def load_results() -> dict[str, dict]:
     return dict(sorted(found.items(), key=lambda item: (rank(item[1]), item[1]["seed"])))
 
 
-def by_question(result: dict, method: str) -> dict[int, tuple[int, int]]:
+def speeds(results: dict[str, dict]) -> list[tuple[str, str, dict]]:
+    """(arm, dtype, what was measured in it)."""
+    return [(name, dtype, speed) for name, result in results.items() for dtype, speed in result["speed"].items()]
+
+
+def plotted(result: dict) -> dict:
+    """What a plot shows: bfloat16, in which all arms are measured, else what there is."""
+    return result["speed"].get("bfloat16", next(iter(result["speed"].values())))
+
+
+def by_question(speed: dict, method: str) -> dict[int, tuple[int, int]]:
     """Tokens and passes of a method's outputs that do not loop, by question."""
     sums = defaultdict(lambda: (0, 0))
-    for row in result["answers"]:
+    for row in speed["answers"]:
         if row["method"] == method and row["rep4_frac"] < LOOPS:
             tokens, forwards = sums[row["question_id"]]
             sums[row["question_id"]] = tokens + row["tokens"], forwards + row["forwards"]
@@ -108,31 +119,32 @@ def interval(values: tuple[float, float, float], digits: int = 2) -> str:
 
 
 def speed_section(results: dict[str, dict]) -> str:
-    rows, every = [], {}
-    for name, result in results.items():
-        every |= {name: result} | {f"{name} {d}": measured for d, measured in result.get("other_dtypes", {}).items()}
-    for name, result in every.items():
-        for method, f in result["spec_bench"]["methods"].items():
-            sums = by_question(result, method)
+    rows = []
+    for name, dtype, speed in speeds(results):
+        for method, f in speed["methods"].items():
+            sums = by_question(speed, method)
             mat = "1.00" if method == "ar" else interval(mat_interval(sums)) if sums else "all loop"
             same = f"{f['identical']} / {f['near_ties']} / {f['different']}"
             rows.append(
-                [name, method, mat, f"{f['mat']:.2f}", f"{f['rep4_frac']:.2f}", f"{f['ratio_to_ar']:.2f}", same]
+                [name, dtype, method, mat, f"{f['mat']:.2f}", f"{f['rep4_frac']:.2f}", f"{f['ratio_to_ar']:.2f}", same]
             )
-    head = ["arm", "method", "MAT, no loops", "MAT, all", "repeated 4-grams", "time, x ar", "same / near tie / differ"]
-    return table(head, rows)
+    head = ["arm", "dtype", "method", "MAT, no loops", "MAT, all", "repeated 4-grams", "speed, x ar"]
+    return table([*head, "same / near tie / differ"], rows)
 
 
 def against_section(results: dict[str, dict], base: str, arms: list[str]) -> str:
-    """Each arm's methods over the same of `base`, on whatever trees that has tried."""
+    """Each arm's methods over the same of `base` in the same dtype, on whatever trees that has tried; where an arm is
+    its own base, the default trees over the others."""
     rows = []
-    for name in arms:
-        for method in results[name]["spec_bench"]["methods"]:
-            for other in results[base]["spec_bench"]["methods"]:
-                ours, theirs = by_question(results[name], method), by_question(results[base], other)
-                if method.partition(":")[0] == other.partition(":")[0] in COMPARED and ours and theirs:
-                    rows.append([f"{name} {method}", f"{base} {other}", interval(mat_ratio(ours, theirs), 3)])
-    return table(["", "over", "MAT, no loops, as a ratio"], rows)
+    for name, dtype, speed in speeds({name: results[name] for name in arms}):
+        bases = results[base]["speed"].get(dtype, {"methods": {}})
+        for method, other in product(speed["methods"], bases["methods"]):
+            ours, theirs = by_question(speed, method), by_question(bases, other)
+            if method.partition(":")[0] != other.partition(":")[0] or other.partition(":")[0] not in COMPARED:
+                continue
+            if ours and theirs and (name != base or (method in COMPARED and other != method)):
+                rows.append([dtype, f"{name} {method}", f"{base} {other}", interval(mat_ratio(ours, theirs), 3)])
+    return table(["dtype", "", "over", "MAT, no loops, as a ratio"], rows) if rows else ""
 
 
 def training_section(results: dict[str, dict]) -> str:
@@ -167,12 +179,12 @@ def tasks_section(results: dict[str, dict]) -> str:
 
 
 def plot_categories(results: dict[str, dict]) -> None:
-    shown = {n: r for n, r in results.items() if "tr-jacobi" in r["spec_bench"]["methods"] and r["seed"] == 0}
-    categories = sorted(next(iter(shown.values()))["spec_bench"]["categories"])
+    shown = {name: plotted(r)["categories"] for name, r in results.items() if r["seed"] == 0}
+    categories = sorted(next(iter(shown.values())))
     figure, axes = plt.subplots(figsize=(11, 4))
     width = 0.8 / len(shown)
-    for i, (name, result) in enumerate(shown.items()):
-        heights = [result["spec_bench"]["categories"][c]["tr-jacobi"]["mat_no_loops"] for c in categories]
+    for i, (name, by_category) in enumerate(shown.items()):
+        heights = [by_category[c]["tr-jacobi"]["mat_no_loops"] for c in categories]
         axes.bar(np.arange(len(categories)) + i * width, heights, width, label=name)
     axes.set_xticks(np.arange(len(categories)) + 0.4 - width / 2, categories, rotation=30, ha="right")
     axes.axhline(1, color="black", linewidth=0.5)
@@ -186,7 +198,9 @@ def plot_accepted(results: dict[str, dict]) -> None:
     figure, all_axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     for axes, method in zip(all_axes, COMPARED, strict=True):
         for name, result in shown.items():
-            kept = [r for r in result["answers"] if r["method"] == method and r["rep4_frac"] < LOOPS]
+            kept = [r for r in plotted(result)["answers"] if r["method"] == method and r["rep4_frac"] < LOOPS]
+            if not kept:
+                continue
             counts = np.bincount([count for row in kept for count in row["accepted"]], minlength=9)
             axes.plot(range(1, 9), counts[1:9] / counts.sum(), marker="o", markersize=3, label=name)
         axes.set(title=method, xlabel="tokens that a pass emits", yscale="log")
@@ -255,9 +269,9 @@ def main() -> None:
             "Planned and not run here (`python benchmarks/evidence.py --arm NAME`): " + ", ".join(missing) + ".\n"
         )
     text.append("## Speed and acceptance\n")
-    questions = next(iter(results.values()))["spec_bench"]["methods"]["ar"]["questions"]
+    questions = plotted(next(iter(results.values())))["methods"]["ar"]["questions"]
     text.append(
-        f"Spec-Bench, {questions} questions over all categories, float32 unless said, greedy, batch 1. MAT: tokens a"
+        f"Spec-Bench, {questions} questions over all categories, greedy, batch 1. MAT: tokens a"
         f" pass. Intervals are 95%. An output loops when it repeats {LOOPS:.0%} of its 4-grams or more; claims rest on"
         " those that do not. Times are of the run itself, against `ar` of the same arm question by question. The last"
         " column: outputs that equal those of `ar`, that differ first at a near tie, that differ.\n"
@@ -267,8 +281,12 @@ def main() -> None:
     for base in dict.fromkeys(base for base, _ in bases):
         if base in results:
             text.append(against_section(results, base, [name for b, name in bases if b == base]))
+    for name in (name for name, result in results.items() if result["arm"] == "draft"):
+        text.append("Trees without noise leave a draft-only adapter out, so they are those of the untouched model:\n")
+        text.append(against_section(results, name, [name]))
     if "untouched-seed0" in results:
         text.append(against_section(results, "untouched-seed0", [n for n in results if n != "untouched-seed0"]))
+    text.append("The plots show bfloat16 where it was measured.\n")
     text.append("![tokens a pass by category](results/mat_by_category.png)\n")
     text.append("![accepted lengths](results/accepted_lengths.png)\n")
     text.append("## Training\n")

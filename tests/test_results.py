@@ -9,8 +9,6 @@ from spec_bench import read_done
 
 from msn_jax import InputError
 
-MEASURED = ("spec_bench", "answers")
-
 
 def answers(method, rows):
     """rows: (question, tokens, forwards, share of repeated 4-grams)."""
@@ -29,8 +27,13 @@ def arm(name, jacobi, right, loss):
         "command": f"python benchmarks/evidence.py --arm {name} --seed 0",
         "commit": "abc",
         "device": "cpu x1, 2 cores",
-        "spec_bench": {"methods": methods, "categories": {"qa": {"tr-jacobi": {"mat_no_loops": 1.5}}}},
-        "answers": answers("ar", [(1, 10, 10, 0.0)]) + answers("jacobi", jacobi) + answers("tr-jacobi", jacobi),
+        "speed": {
+            "float32": {
+                "methods": methods,
+                "categories": {"qa": {"tr-jacobi": {"mat_no_loops": 1.5}}},
+                "answers": answers("ar", [(1, 10, 10, 0.0)]) + answers("jacobi", jacobi) + answers("tr-jacobi", jacobi),
+            }
+        },
         "train": {"lora": {"rank": 4}},
         "metrics": [{"step": 1, "response_tokens": 30.0}, {"step": 2, "response_tokens": 12.0, "eval_loss": loss}],
         "tasks": {"gsm8k": task},
@@ -46,7 +49,7 @@ def written(tmp_path, monkeypatch):
     plain = arm("plain", [(1, 30, 20, 0.0), (2, 30, 20, 0.0)], ["a", "b"], 2.0)
     # Half again as many tokens a pass; the third question loops and counts nowhere but in the mean of all.
     paper = arm("paper", [(1, 45, 20, 0.0), (2, 45, 20, 0.19), (3, 90, 9, 0.2)], ["b", "c", "d"], 2.05)
-    paper["other_dtypes"] = {"bfloat16": {name: arm("paper", [(1, 40, 20, 0.0)], [], 2)[name] for name in MEASURED}}
+    paper["speed"]["bfloat16"] = arm("paper", [(1, 40, 20, 0.0)], [], 2)["speed"]["float32"]
     for result in (plain, paper):
         (tmp_path / "results" / f"{result['arm']}-seed0.json").write_text(json.dumps(result))
     results.main()
@@ -56,9 +59,10 @@ def written(tmp_path, monkeypatch):
 
 def test_figures_are_those_of_the_arms(written):
     rows, folder = written
-    assert ["paper-seed0", "jacobi", "2.25 (2.25 to 2.25)", "1.50", "0.10", "1.10", "3 / 0 / 0"] in rows
-    assert ["paper-seed0 bfloat16", "jacobi", "2.00 (2.00 to 2.00)", "1.50", "0.10", "1.10", "3 / 0 / 0"] in rows
-    assert ["paper-seed0 jacobi", "plain-seed0 jacobi", "1.500 (1.500 to 1.500)"] in rows
+    assert ["paper-seed0", "float32", "jacobi", "2.25 (2.25 to 2.25)", "1.50", "0.10", "1.10", "3 / 0 / 0"] in rows
+    assert ["paper-seed0", "bfloat16", "jacobi", "2.00 (2.00 to 2.00)", "1.50", "0.10", "1.10", "3 / 0 / 0"] in rows
+    assert ["float32", "paper-seed0 jacobi", "plain-seed0 jacobi", "1.500 (1.500 to 1.500)"] in rows
+    assert not [row for row in rows if row[:2] == ["bfloat16", "paper-seed0 jacobi"]]  # plain has none to compare with
     assert ["paper-seed0", "2", "42", "", "2.0500", "+2.50%", ""] in rows
     # Right where plain is wrong twice, wrong where it is right once: one of four items more.
     assert [r[4].split()[0] for r in rows if r[:2] == ["paper-seed0", "gsm8k"]] == ["25.0"]
