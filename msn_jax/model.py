@@ -192,14 +192,22 @@ def write_cache(cache: KVCache, new: tuple[tuple[Array, Array], ...], length: Ar
     """
 
     def write(old, kv):
-        kv = kv.astype(old.dtype)
         if old.shape[0] == 1:
             return jax.lax.dynamic_update_slice(old, kv, (0, 0, length[0], 0))
         return jax.vmap(lambda o, n, at: jax.lax.dynamic_update_slice(o, n, (0, at, 0)))(old, kv, length)
 
+    def write_bits(old, kv):
+        # XLA:CPU would widen a whole cache of bfloat16 for it, and round it again.
+        bits = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.uint16)
+        return jax.lax.bitcast_convert_type(write(bits(old), bits(kv)), jnp.bfloat16)
+
+    def store(old, kv):
+        on_cpu = write_bits if old.dtype == jnp.bfloat16 else write
+        return jax.lax.platform_dependent(old, kv.astype(old.dtype), cpu=on_cpu, default=write)
+
     return cache.replace(
-        k=tuple(write(old, k) for old, (k, _) in zip(cache.k, new, strict=True)),
-        v=tuple(write(old, v) for old, (_, v) in zip(cache.v, new, strict=True)),
+        k=tuple(store(old, k) for old, (k, _) in zip(cache.k, new, strict=True)),
+        v=tuple(store(old, v) for old, (_, v) in zip(cache.v, new, strict=True)),
     )
 
 

@@ -266,14 +266,20 @@ def test_one_trace_for_each_tree_set_bucket_and_batch(tiny):
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("name", ["root", "adaptive", "msn69"])
-def test_the_loop_copies_no_cache(tiny, name, batch):
+@pytest.mark.parametrize(
+    "name, dtype",
+    [("root", "float32"), ("adaptive", "float32"), ("adaptive", "bfloat16"), ("msn69", "float32")],
+)
+def test_the_loop_copies_no_cache(tiny, name, dtype, batch):
     cfg, params = tiny
+    params = jax.tree.map(lambda a: a.astype(dtype), params)
     trees = TREE_SETS[name]
-    state = init_state(cfg, trees, [[1, 2]] * batch, DecodeConfig(max_new_tokens=9), (), slots=256)
+    state = init_state(cfg, trees, [[1, 2]] * batch, DecodeConfig(max_new_tokens=9), (), slots=256, dtype=dtype)
     hlo = run.lower(params, state, 5, cfg=cfg, trees=trees).compile().as_text()
     shape = (batch, cfg.kv_heads, 256, cfg.head_dim)
-    assert f"[{','.join(map(str, shape))}]" in hlo and cache_copies(hlo, shape) == []
+    of_a_cache = f"[{','.join(map(str, shape))}]"
+    assert of_a_cache in hlo and cache_copies(hlo, shape) == []
+    assert dtype == "float32" or "f32" + of_a_cache not in hlo
 
 
 @pytest.mark.parametrize("name", ["root", "chain4"])

@@ -240,12 +240,13 @@ _TREES = (
     # by simulation (benchmarks/tree_search.py, LOG.md).
     branching("draft6", 0, {(): 2}, noise={(): 1, (0,): 1, (1,): 1}),
     chain(5, EITHER, "draft8", noise={0: 1, 1: 1}),
+    branching("draft8mix", 2, {(): 2}, noise={(): 1, (0,): 1, (1,): 1}),
     branching("draft16", 0, _DRAFT_16, noise=_NOISE_16),
     branching("draft21", 5, _DRAFT_16, noise=_NOISE_16),
 )
 _BY_NAME = {tree.name: tree for tree in _TREES}
 TREE_SETS: dict[str, TreeSet] = {name: TreeSet(name, (tree,), (0,)) for name, tree in _BY_NAME.items()} | {
-    "draft": TreeSet("draft", (_BY_NAME["draft6"], _BY_NAME["draft8"]), (0, 2)),
+    "draft": TreeSet("draft", tuple(_BY_NAME[name] for name in ("draft6", "draft8mix", "draft8")), (0, 1, 3)),
     # Sizes and thresholds from the matches and costs of 40 training prompts (LOG.md), by simulation.
     "adaptive": TreeSet("adaptive", (_ROOT, chain(3, EITHER, "chain4"), chain(7, EITHER, "chain8")), (0, 1, 4)),
 }
