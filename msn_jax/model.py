@@ -23,9 +23,9 @@ from jax import Array
 from jax.sharding import Mesh
 
 from msn_jax.config import ModelConfig
+from msn_jax.linear import HIGHEST, adapted, linear
 from msn_jax.sharding import constrain, sharding
 
-HIGHEST = jax.lax.Precision.HIGHEST  # float32 means float32: TPUs and GPUs would round operands otherwise
 QUERY_BLOCK = (128, 1024)  # least and most tokens of a row that attend at one time, in training
 MASKED = -1e30  # finite: a row with nothing to attend to gives a mean, never a nan
 REMAT = {
@@ -72,15 +72,6 @@ class Params:
     final_norm: Array  # [D]
     unembed: Array | None  # [V, D]; None where it is tied to embed
     final_norm_bias: Array | None = None  # [D]
-
-
-@struct.dataclass
-class LowRank:
-    """What an adapter adds to a linear map: scale * b @ a @ x (Hu et al. 2021)."""
-
-    a: Array  # [r, *in]
-    b: Array  # [*out, r]
-    scale: float = struct.field(pytree_node=False)
 
 
 @struct.dataclass
@@ -205,82 +196,8 @@ def write_cache(cache: KVCache, new: tuple[tuple[Array, Array], ...], length: Ar
         on_cpu = write_bits if old.dtype == jnp.bfloat16 else write
         return jax.lax.platform_dependent(old, kv.astype(old.dtype), cpu=on_cpu, default=write)
 
-    return cache.replace(
-        k=tuple(store(old, k) for old, (k, _) in zip(cache.k, new, strict=True)),
-        v=tuple(store(old, v) for old, (_, v) in zip(cache.v, new, strict=True)),
-    )
-
-
-def linear(x: Array, w: Array, in_dims: int = 1, dtype=None) -> Array:
-    """x [..., *in] times w [*out, *in] -> [..., *out] in `dtype` (None: x's), contracting the last `in_dims` axes.
-
-    The product is one of w's dtype: activations in float32 are rounded for weights in bfloat16.
-    """
-    rows, dtype = x.ndim - in_dims, dtype or x.dtype
-    if math.prod(x.shape[:rows]) > 32:
-        product = _weight_right if x.dtype == w.dtype else _rounded
-        return product(x, w, in_dims, dtype)
-
-    def weight_left(x, w):
-        if rows and math.prod(x.shape[:rows]) == 1 and w.dtype == jnp.bfloat16:
-            # For one row XLA:CPU widens the whole matrix first, which takes five times as long as two rows.
-            return jax.lax.slice_in_dim(weight_left(jnp.concatenate([x, x], rows - 1), w), 0, 1, axis=rows - 1)
-        contract = tuple(range(w.ndim - in_dims, w.ndim)), tuple(range(rows, x.ndim))
-        y = jax.lax.dot_general(w, x.astype(w.dtype), (contract, ((), ())), _precision(w), dtype)
-        y = jax.lax.optimization_barrier(y)  # or XLA turns the dot around again to spare the transpose
-        return jnp.moveaxis(y, range(w.ndim - in_dims), range(rows, rows + w.ndim - in_dims))
-
-    # XLA:CPU repacks the right operand of a dot on each call, which for a few rows costs more than the dot:
-    # at 8 rows weight_left takes 0.58 of the time of weight_right over SmolLM2's matrices (LOG.md).
-    right = partial(_weight_right, in_dims=in_dims, dtype=dtype)
-    return jax.lax.platform_dependent(x, w, cpu=weight_left, default=right)
-
-
-def _precision(w: Array):
-    return HIGHEST if w.dtype == jnp.float32 else None
-
-
-def _weight_right(x: Array, w: Array, in_dims: int, dtype) -> Array:
-    contract = tuple(range(x.ndim - in_dims, x.ndim)), tuple(range(w.ndim - in_dims, w.ndim))
-    return jax.lax.dot_general(x.astype(w.dtype), w, (contract, ((), ())), _precision(w), dtype)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _rounded(x: Array, w: Array, in_dims: int, dtype) -> Array:
-    """`_weight_right` of float32 rows; its gradients too are products in w's dtype, which autodiff would widen."""
-    return _weight_right(x, w, in_dims, dtype)
-
-
-def _rounded_forward(x, w, in_dims, dtype):
-    x = x.astype(w.dtype)
-    return _weight_right(x, w, in_dims, dtype), (x, w)
-
-
-def _rounded_backward(in_dims, dtype, saved, y_bar):
-    x, w = saved
-    y_bar, rows, outs = y_bar.astype(w.dtype), tuple(range(x.ndim - in_dims)), w.ndim - in_dims
-    over_out = tuple(range(len(rows), y_bar.ndim)), tuple(range(outs))
-    x_bar = jax.lax.dot_general(y_bar, w, (over_out, ((), ())), preferred_element_type=jnp.float32)
-    w_bar = jax.lax.dot_general(y_bar, x, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
-    return x_bar, w_bar.astype(w.dtype)
-
-
-_rounded.defvjp(_rounded_forward, _rounded_backward)
-
-
-def adapted(
-    x: Array, w: Array, bias: Array | None, low_rank: LowRank | None, last: int | None, in_dims: int = 1
-) -> Array:
-    """`linear` with its bias, and with what an adapter adds to the `last` of T tokens (None: to all)."""
-    y = linear(x, w, in_dims)
-    if bias is not None:
-        y = y + bias.astype(y.dtype)
-    if low_rank is None:
-        return y
-    x = x if last is None else x[:, -last:]
-    hidden = linear(x, low_rank.a.astype(w.dtype), in_dims) * jnp.asarray(low_rank.scale, x.dtype)
-    delta = linear(hidden, low_rank.b.astype(w.dtype))
-    return y + jnp.pad(delta, ((0, 0), (y.shape[1] - delta.shape[1], 0)) + ((0, 0),) * (y.ndim - 2))
+    k, v = zip(*new, strict=True)
+    return cache.replace(k=jax.tree.map(store, cache.k, k), v=jax.tree.map(store, cache.v, v))
 
 
 def norm(x: Array, scale: Array, bias: Array | None, eps: float) -> Array:
@@ -435,12 +352,6 @@ def block(
         h = jax.nn.gelu(gate_up, approximate=True)  # by tanh
     x = x + constrain(adapted(h, layer.down, layer.down_bias, part("down"), last), "batch", None, None)
     return x, (k, v)
-
-
-def activation_dtype(dtype, backend: str):
-    """What decoding computes in between products of `dtype`. XLA:CPU has fast products of bfloat16 only with float32
-    results, and computes all else in float32 anyway."""
-    return jnp.dtype("float32" if backend == "cpu" else dtype)
 
 
 def causal_mask(T: int) -> Array:

@@ -9,7 +9,8 @@ from conftest import GOLDENS
 import msn_jax
 from msn_jax import InputError, ModelConfig, unembed
 from msn_jax.io import hf
-from msn_jax.model import init_cache, linear, rope_frequencies, write_cache
+from msn_jax.linear import linear
+from msn_jax.model import init_cache, rope_frequencies, write_cache
 
 forward = jax.jit(msn_jax.forward, static_argnums=1)
 TINY = sorted(path.name for path in GOLDENS.glob("tiny_*"))

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from msn_jax import lora
 from msn_jax.config import InputError, ModelConfig, first_line
 from msn_jax.io import gguf, hf, run, tokenizer
-from msn_jax.model import DraftAdapter, Layer, Params, activation_dtype, declare, unstack, unstack_layers
+from msn_jax.linear import activation_dtype
+from msn_jax.model import DraftAdapter, Layer, Params, declare, unstack, unstack_layers
 
 ACCEPTED = (
     "a Hugging Face directory, a .gguf file, a run directory of train.py, a hub id (org/name), or smollm2-135m-instruct"
