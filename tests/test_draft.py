@@ -1,6 +1,8 @@
 """The draft-only adapter: what it learns, that decoding meets it in the same place, and that replies never change."""
 
+import dataclasses
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import pytest
 import tree_search
 from conftest import decode_all
 
-from msn_jax import DecodeConfig, InputError, forward, unembed
+from msn_jax import DecodeConfig, InputError, forward, generate, unembed
 from msn_jax.config import LoraConfig
 from msn_jax.decode import TreeSet, init_state, prefill, step, tree_set
 from msn_jax.decode.tree import EITHER, branching, chain
@@ -175,3 +177,16 @@ def test_a_simulated_tree_takes_the_passes_of_the_loop(tiny, adapter, drafter):
         assert tree_search.play(trees, [known]) == (60, state.passes.tolist())
         total += state.passes
     assert total.min() > 0 and total.sum() < 150  # of 180 tokens
+
+
+def test_the_shipped_adapter_saves_passes_and_no_token_changes(smollm2):
+    adapter = load_adapter(Path(__file__).parent.parent / "adapters/smollm2-135m-msn", smollm2.cfg)
+    lm = dataclasses.replace(smollm2, drafter=adapter.replace(layers=unstack(adapter.layers)))
+    prompt = [{"role": "user", "content": "Why is the sky blue?"}]
+    replies = [
+        generate(model, [prompt], method=method, tree=tree, max_new_tokens=40)[0]
+        for model, method, tree in ((smollm2, "ar", None), (smollm2, "jacobi", "draft6"), (lm, "jacobi", "draft6"))
+    ]
+    plain, without, with_adapter = replies
+    assert with_adapter.tokens == without.tokens == plain.tokens
+    assert with_adapter.forwards < 0.8 * without.forwards
