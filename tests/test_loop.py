@@ -345,3 +345,23 @@ def test_smollm2_methods_agree(smollm2):
         generate(smollm2, [prompt], method="tr-jacobi", **warm)[0].tokens
         == generate(smollm2, [prompt], method="ar", **warm)[0].tokens
     )
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_every_tree_has_run_before_the_clock_starts(shallow, monkeypatch, batch):
+    passes = []
+
+    def counted(*args, **settings):
+        state, progress = run(*args, **settings)
+        passes.append(state.passes.tolist())
+        return state, progress
+
+    monkeypatch.setattr(loop, "run", counted)
+    monkeypatch.setattr("msn_jax.decode.generate._warm", set())
+    trees = TREE_SETS["adaptive"]
+    for max_new_tokens, warmed in ((3, len(trees.trees)), (2, 0)):  # a program is run for this once
+        passes.clear()
+        settings = dict(batch_size=batch, max_new_tokens=max_new_tokens)
+        generate(shallow, [list(range(40))] * batch, method="tr-jacobi", tree="adaptive", **settings)
+        assert len(passes) == warmed + 1
+        assert passes[:warmed] == [[int(a == b) for a in range(warmed)] for b in range(warmed)]
