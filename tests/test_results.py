@@ -3,10 +3,10 @@
 import json
 
 import pytest
-import results
 from record import keep_rows, kept_rows
 from spec_bench import read_done
 
+import results
 from msn_jax import InputError
 
 
