@@ -183,10 +183,9 @@ def test_the_shipped_adapter_saves_passes_and_no_token_changes(smollm2):
     adapter = load_adapter(Path(__file__).parent.parent / "adapters/smollm2-135m-msn", smollm2.cfg)
     lm = dataclasses.replace(smollm2, drafter=adapter.replace(layers=unstack(adapter.layers)))
     prompt = [{"role": "user", "content": "Why is the sky blue?"}]
-    replies = [
+    plain, drafted = (
         generate(model, [prompt], method=method, tree=tree, max_new_tokens=40)[0]
-        for model, method, tree in ((smollm2, "ar", None), (smollm2, "jacobi", "draft6"), (lm, "jacobi", "draft6"))
-    ]
-    plain, without, with_adapter = replies
-    assert with_adapter.tokens == without.tokens == plain.tokens
-    assert with_adapter.forwards < 0.8 * without.forwards
+        for model, method, tree in ((smollm2, "ar", None), (lm, "jacobi", "draft6"))
+    )
+    assert drafted.tokens == plain.tokens
+    assert drafted.forwards < 0.8 * plain.forwards  # 40 of 40 without the adapter
