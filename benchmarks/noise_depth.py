@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from record import run_record
+from record import kept_rows, run_record
 
 from msn_jax.io.run import is_run, read_config, read_metrics
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 
 def final_metrics(config: str, folder: Path, kind: str, seed: int) -> dict[str, float]:
     """Of the last step of a run, which is made or finished first where it is not complete."""
-    done = is_run(folder) and read_metrics(folder)
+    done = is_run(folder) and kept_rows(folder / "metrics.jsonl")
     if not done or done[-1]["step"] < read_config(folder).train.steps:
         settings = {
             "noise.kind": kind,

@@ -36,6 +36,7 @@ from tqdm import tqdm
 from msn_jax import InputError, generate, load
 from msn_jax.decode.generate import encode
 from msn_jax.io.checkpoint import LM
+from msn_jax.io.tokenizer import encode_text
 from msn_jax.score import loglikelihoods
 
 PROGRAM_SECONDS = 5
@@ -175,7 +176,7 @@ def mmlu_items(data: Path) -> list[dict]:
 
 
 def mmlu(lm: LM, items: list[dict], batch_size: int) -> Iterator[dict]:
-    letters = [encode(lm, f" {letter}") for letter in "ABCD"]
+    letters = [encode_text(lm.tokenizer, f" {letter}", special_tokens=False) for letter in "ABCD"]
     pairs = [(encode(lm, item["prompt"]), letter) for item in items for letter in letters]
     scores = [score for score, _ in loglikelihoods(lm, pairs, batch_size)]
     for i, item in enumerate(items):

@@ -33,6 +33,7 @@ from msn_jax.decode.draft import LONGEST_MATCH
 from msn_jax.decode.generate import encode
 from msn_jax.decode.tree import EITHER, JACOBI, NOISE, TreeSet, TreeSpec, branching, chain
 from msn_jax.draft_loss import two_streams
+from msn_jax.io.tokenizer import encode_text
 from msn_jax.model import stack_layers
 
 TOKENS = 384  # longest text that is used
@@ -95,7 +96,7 @@ def read_replies(lm, path: Path, rows: int, adapter) -> list[Reply]:
     for line in tqdm(path.read_text(encoding="utf-8").splitlines()[-rows:], unit="reply"):
         *prompt, reply = json.loads(line)["messages"]
         prompt = encode(lm, prompt)
-        text = (prompt + encode(lm, reply["content"]))[:TOKENS]
+        text = (prompt + encode_text(lm.tokenizer, reply["content"], special_tokens=False))[:TOKENS]
         padded = jnp.asarray(text + [0] * (TOKENS - len(text)), jnp.int32)
         rank = np.asarray(ranks(params, lm.cfg, adapter, padded))
         replies.append(Reply(len(prompt) - 1, len(text) - 1, rank, *retrieval(text)))

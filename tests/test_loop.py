@@ -365,3 +365,11 @@ def test_every_tree_has_run_before_the_clock_starts(shallow, monkeypatch, batch)
         generate(shallow, [list(range(40))] * batch, method="tr-jacobi", tree="adaptive", **settings)
         assert len(passes) == warmed + 1
         assert passes[:warmed] == [[int(a == b) for a in range(warmed)] for b in range(warmed)]
+
+
+def test_the_shortest_prompt_may_fill_its_slots(shallow, monkeypatch):
+    monkeypatch.setattr("msn_jax.decode.generate._warm", set())  # what runs before the clock must fit them too
+    settings = dict(tree="adaptive", max_new_tokens=247)  # 1 + 247 + 8 that a pass may write: the smallest bucket
+    (plain,) = generate(shallow, [[3]], method="ar", max_new_tokens=247)
+    (drafted,) = generate(shallow, [[3]], method="tr-jacobi", **settings)
+    assert drafted.tokens == plain.tokens

@@ -139,7 +139,8 @@ def _generate_batch(lm, prompts, ids, first, size, decode, trees, on_tokens) -> 
     if decoding not in _warm:
         for match in trees.min_match:
             repeated = [[0] * (match + 1)] * size  # a text that leads to this tree
-            jax.block_until_ready(run(new_state(repeated, decode, lm.stop_ids), 1))
+            one_cycle = dataclasses.replace(decode, max_new_tokens=1)  # or it may need more slots than the prompts
+            jax.block_until_ready(run(new_state(repeated, one_cycle, lm.stop_ids), 1))
         _warm.add(decoding)
     requests = list(range(first, first + size))
     state = new_state([*prompts, *[[0]] * fill], decode, lm.stop_ids, requests=requests)
