@@ -169,7 +169,7 @@ def training_section(results: dict[str, dict]) -> str:
         shown = " ".join(f"{top1:.2f}" for top1 in depths if top1 is not None)
         rows.append([name, str(result["metrics"][-1]["step"]), f"{tokens:,.0f}"])
         rows[-1] += ["KL" if draft_only else "", f"{loss:.4f}", difference, shown]
-    return table(["arm", "steps", "response tokens", "", "held-out loss", "to plain", "top-1 by noise depth"], rows)
+    return table(["arm", "steps", "tokens scored", "", "held-out loss", "to plain", "top-1 by noise depth"], rows)
 
 
 def tasks_section(results: dict[str, dict]) -> str:
@@ -267,7 +267,10 @@ def main() -> None:
     text = [
         "# Results\n\nMade by `python benchmarks/results.py` from `results/*.json`; nothing here is typed in by hand.\n"
     ]
-    text.append("Every number of a row comes from one run of its arm:\n")
+    text.append(
+        "Every number of a row comes from the runs of its arm, which can be cut off and go on: the commit is that of"
+        " the last part. Each command takes `--data DIR`, a folder with `sft/` and `eval/`, and `--runs DIR` besides.\n"
+    )
     runs = [[n, f"`{r['command']}`", r["commit"], str(r["seed"]), r["device"]] for n, r in results.items()]
     text.append(table(["arm", "command", "commit", "seed", "device"], runs))
     planned = yaml.safe_load(PLAN.read_text(encoding="utf-8"))["arms"]
@@ -280,9 +283,9 @@ def main() -> None:
     text.append(
         f"Spec-Bench, {questions} questions over all categories, greedy, batch 1. MAT: tokens a"
         f" pass. Intervals are 95%. An output loops when it repeats {LOOPS:.0%} of its 4-grams or more; claims rest on"
-        " those that do not. Times are of the run itself, against `ar` of the same arm question by question. The last"
-        " column: outputs that equal those of `ar`, that differ first at a near tie, that differ; in bfloat16 scores"
-        " are too coarse to promise the same tokens.\n"
+        " those that do not. Speed: tokens/s over all questions, against `ar` of the same run, methods in turns. The"
+        " last column: outputs that equal those of `ar`, that differ first at a near tie, that differ; in bfloat16"
+        " scores are too coarse to promise the same tokens.\n"
     )
     text.append(speed_section(results))
     bases = [(f"plain-seed{r['seed']}", name) for name, r in results.items() if name in trained]
