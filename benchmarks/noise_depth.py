@@ -17,14 +17,14 @@ from pathlib import Path
 import numpy as np
 from record import kept_rows, run_record
 
-from msn_jax.io.run import is_run, read_config, read_metrics
+from msn_jax.io.run import read_config
 
 ROOT = Path(__file__).parent.parent
 
 
 def final_metrics(config: str, folder: Path, kind: str, seed: int) -> dict[str, float]:
     """Of the last step of a run, which is made or finished first where it is not complete."""
-    done = is_run(folder) and kept_rows(folder / "metrics.jsonl")
+    done = kept_rows(folder / "metrics.jsonl")
     if not done or done[-1]["step"] < read_config(folder).train.steps:
         settings = {
             "noise.kind": kind,
@@ -36,7 +36,7 @@ def final_metrics(config: str, folder: Path, kind: str, seed: int) -> dict[str, 
         }
         flags = [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
         subprocess.run([sys.executable, "train.py", "--config", config, *flags], cwd=ROOT, check=True)
-    return read_metrics(folder)[-1]
+    return kept_rows(folder / "metrics.jsonl")[-1]
 
 
 def main() -> None:

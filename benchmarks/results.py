@@ -56,6 +56,12 @@ def speeds(results: dict[str, dict]) -> list[tuple[str, str, dict]]:
     return [(name, dtype, speed) for name, result in results.items() for dtype, speed in result["speed"].items()]
 
 
+def plain_of(results: dict[str, dict]) -> dict[str, str]:
+    """Of each arm with noise the plain one of its seed, where that has run."""
+    plain = {name: f"plain-seed{result['seed']}" for name, result in results.items() if result["arm"] in NOISY}
+    return {name: base for name, base in plain.items() if base in results}
+
+
 def plotted(result: dict) -> dict:
     """What a plot shows: bfloat16, in which all arms are measured, else what there is."""
     return result["speed"].get("bfloat16", next(iter(result["speed"].values())))
@@ -232,18 +238,14 @@ def plot_depths(results: dict[str, dict]) -> None:
 
 def plot_losses(results: dict[str, dict]) -> None:
     figure, axes = plt.subplots(figsize=(7, 4))
-    for name, result in results.items():
-        plain = results.get(f"plain-seed{result['seed']}")
-        if result["arm"] not in NOISY or not plain:
-            continue
-        base = {line["step"]: line["eval_loss"] for line in plain["metrics"] if "eval_loss" in line}
-        lines = [line for line in result["metrics"] if "eval_loss" in line and line["step"] in base]
+    for name, plain in plain_of(results).items():
+        base = {line["step"]: line["eval_loss"] for line in results[plain]["metrics"] if "eval_loss" in line}
+        lines = [line for line in results[name]["metrics"] if "eval_loss" in line and line["step"] in base]
         percent = [100 * (line["eval_loss"] / base[line["step"]] - 1) for line in lines]
         axes.plot([line["step"] for line in lines], percent, marker="o", label=name)
     axes.axhline(0, color="black", linewidth=0.5)
     axes.set(xlabel="step", ylabel="clean held-out loss over plain, %")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8)
+    axes.legend(fontsize=8)
     save(figure, "loss_difference")
 
 
@@ -259,11 +261,12 @@ def main() -> None:
         "mat_by_category": plot_categories,
         "accepted_lengths": plot_accepted,
         "accuracy_by_depth": plot_depths,
-        "loss_difference": plot_losses,
     }
+    compared = plain_of(results)
+    if compared:
+        plots["loss_difference"] = plot_losses
     for draw in plots.values():
         draw(results)
-    trained = [name for name in results if results[name]["arm"] in NOISY]
     text = [
         "# Results\n\nMade by `python benchmarks/results.py` from `results/*.json`; nothing here is typed in by hand.\n"
     ]
@@ -288,10 +291,8 @@ def main() -> None:
         " scores are too coarse to promise the same tokens.\n"
     )
     text.append(speed_section(results))
-    bases = [(f"plain-seed{r['seed']}", name) for name, r in results.items() if name in trained]
-    for base in dict.fromkeys(base for base, _ in bases):
-        if base in results:
-            text.append(against_section(results, base, [name for b, name in bases if b == base]))
+    for base in dict.fromkeys(compared.values()):
+        text.append(against_section(results, base, [name for name in compared if compared[name] == base]))
     for name in (name for name, result in results.items() if result["arm"] == "draft"):
         text.append("Trees without noise leave a draft-only adapter out, so they are those of the untouched model:\n")
         text.append(against_section(results, name, [name]))
@@ -303,7 +304,7 @@ def main() -> None:
     text.append("## Training\n")
     text.append(training_section(results))
     text.append("![top-1 by noise depth](results/accuracy_by_depth.png)\n")
-    if trained:
+    if compared:
         text.append("![clean loss over plain](results/loss_difference.png)\n")
     text.append("## Tasks\n")
     text.append("A draft-only adapter changes no answer, so it has no row.\n")

@@ -95,7 +95,8 @@ def read_questions(path: str) -> list[dict]:
     """Raises InputError with the line number of a row that is no question."""
     questions = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")  # not at U+2028
+        with open(path, encoding="utf-8") as file:
+            lines = list(file)
     except (OSError, UnicodeError) as e:
         raise InputError(f"--questions {path}: cannot be read ({e})") from None
     for number, line in enumerate(lines, 1):
@@ -187,7 +188,7 @@ def main() -> None:
     for config in arms.values():
         tree_set(config.method, config.tree)
     questions = spread(read_questions(args.questions), args.limit)
-    if not questions or (args.limit or 1) < 1:
+    if not questions or (args.limit is not None and args.limit < 1):
         raise InputError(f"--questions {args.questions}: no questions, or --limit below 1")
     run = {name: value for name, value in vars(args).items() if name != "results"}
     done = read_done(args.results, run)
