@@ -34,7 +34,7 @@ from msn_jax.config import SECTIONS, InputError, ModelConfig, RunConfig
 from msn_jax.io import export, hf
 from msn_jax.io import run as run_dir
 from msn_jax.io.checkpoint import open_checkpoint
-from msn_jax.io.tokenizer import from_folder
+from msn_jax.io.tokenizer import end_ids, from_folder
 from msn_jax.lora import merge, save_adapter
 from msn_jax.model import declare
 from msn_jax.report import check_plot, plot_metrics
@@ -83,12 +83,12 @@ def start_model(run: RunConfig) -> tuple[ModelConfig, object, tuple[int, ...], o
     if run.lora.rank:
         raise InputError("lora.rank: adapters need weights to work on; accepted: model.ckpt in place of model.scratch")
     cfg = ModelConfig.from_fields("model.scratch", run.model.scratch)
-    if run_dir.is_run(run.train.out):
-        tokenizer, stop_ids = from_folder(run_dir.local_files(run.train.out))
-        return cfg, tokenizer, tuple(sorted(stop_ids)), None
-    rows = itertools.chain.from_iterable(map(data.read_rows, run.data.sources))
-    tokenizer = data.train_tokenizer(rows, cfg.vocab_size)
-    return cfg, tokenizer, (tokenizer.eos_token_id,), None
+    if run_dir.has_begun(run.train.out):
+        tokenizer, _ = from_folder(run_dir.local_files(run.train.out))
+    else:
+        rows = itertools.chain.from_iterable(map(data.read_rows, run.data.sources))
+        tokenizer = data.train_tokenizer(rows, cfg.vocab_size)
+    return cfg, tokenizer, tuple(sorted(end_ids(tokenizer))), None
 
 
 def describe(corpus: data.Corpus) -> None:
@@ -155,7 +155,7 @@ def prepare(run: RunConfig) -> Setting:
     devices = jax.devices()
     mesh = make_mesh(*mesh_sizes(run.mesh, len(devices)), devices)
     check_batch(run.train.batch_size, run.train.accumulate, mesh)
-    if run_dir.is_run(run.train.out):
+    if run_dir.has_begun(run.train.out):
         check_same_run(run)
     cfg, tokenizer, stop_ids, source = start_model(run)
     if run.data.max_tokens > cfg.max_position:
@@ -231,7 +231,7 @@ def train(setting: Setting) -> train_step.TrainState:
     if run.train.eval_every:
         held_out = data.held_out_batches(setting.corpus, run.data, rows, run.train.eval_batches)
     batch_shapes = train_step.batch_shapes(rows, run.data.max_tokens, mesh)
-    if jax.process_index() == 0 and not run_dir.is_run(out):
+    if jax.process_index() == 0 and not run_dir.has_begun(out):
         text = yaml.safe_dump(dataclasses.asdict(run), sort_keys=False)
         run_dir.write_run_files(out, text, export.hf_config(cfg, setting.stop_ids), setting.tokenizer)
     checkpoints = run_dir.Checkpoints(out, keep=run.train.keep)

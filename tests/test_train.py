@@ -371,9 +371,23 @@ def test_a_run_is_not_taken_up_with_another_config(config, tmp_path):
     assert lines(tmp_path / "run") == before
 
 
+def test_a_run_that_made_nothing_yet_takes_another_config(config, tmp_path, monkeypatch):
+    def no_memory(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(train.train_step, "jit_train_step", no_memory)
+        train.main(["--config", config(train={"steps": 1})])
+    train.main(["--config", config(train={"steps": 1, "batch_size": 8})])
+    assert train.run_dir.read_config(tmp_path / "run").train.batch_size == 8 and len(lines(tmp_path / "run")) == 1
+
+
 def test_a_run_is_not_taken_up_with_other_data(config, tmp_path):
-    train.main(["--config", config(train={"steps": 1})])
-    rows = tmp_path / "rows.jsonl"
+    path, rows = config(train={"steps": 1}), tmp_path / "rows.jsonl"
+    reply = json.dumps({"instruction": "Is this all?", "response": "Not quite.<|endoftext|>This is."})
+    rows.write_text(rows.read_text() + reply + "\n")
+    train.main(["--config", path])
+    train.main(["--config", path])  # cut in the same place, by the tokenizer as it was kept
     rows.write_text(rows.read_text() + json.dumps({"instruction": "More?", "response": "No, this was all."}) + "\n")
     with pytest.raises(InputError, match="the data is not what the run was begun with"):
         train.main(["--config", str(tmp_path / "config.yaml")])

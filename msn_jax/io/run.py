@@ -56,6 +56,11 @@ def is_run(path: str | os.PathLike) -> bool:
         raise InputError(f"{path}: {first_line(e)}; for gs:// pip install 'etils[epath-gcs]'") from None
 
 
+def has_begun(path: str | os.PathLike) -> bool:
+    """Whether `path` is a run directory with a checkpoint, be it a damaged one: something that can be gone on with."""
+    return is_run(path) and any(_TEMPORARY not in entry.name for entry in epath.Path(path).glob("checkpoints/*"))
+
+
 def write_run_files(
     directory: str | os.PathLike, config_yaml: str, hf_config: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> None:

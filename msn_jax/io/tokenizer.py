@@ -122,6 +122,11 @@ def _named_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {i for i, token in added.items() if token.special and token.content in _END_NAMES}
 
 
+def end_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The ids that end a reply, as far as a tokenizer can say: its end token, and special ones of a known name."""
+    return ({tokenizer.eos_token_id} - {None}) | _named_ends(tokenizer)
+
+
 def from_folder(folder: Path) -> tuple[PreTrainedTokenizerBase, set[int]]:
     """The tokenizer of a Hugging Face directory, and the ids that end a reply."""
     if not (folder / "tokenizer.json").exists():
@@ -131,7 +136,7 @@ def from_folder(folder: Path) -> tuple[PreTrainedTokenizerBase, set[int]]:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as e:  # whatever the parsing of a damaged file runs into
         raise InputError(f"{folder}: the tokenizer cannot be read ({first_line(e)})") from None
-    return tokenizer, ({tokenizer.eos_token_id} - {None}) | _named_ends(tokenizer)
+    return tokenizer, end_ids(tokenizer)
 
 
 def require_template(tokenizer: PreTrainedTokenizerBase) -> None:
