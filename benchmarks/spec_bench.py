@@ -24,10 +24,9 @@ from record import keep_rows, kept_rows, run_record
 from tqdm import tqdm
 
 from msn_jax import DecodeConfig, InputError, load
-from msn_jax.decode.generate import encode, generate_batches, top_gap
+from msn_jax.decode.generate import encode, generate_batches, is_near_tie
 from msn_jax.decode.tree import tree_set
 
-NEAR_TIE = 1e-3  # scores closer than this may fall either way in passes of different width
 LOOPS = 0.2  # an output that repeats a larger share of its 4-grams is a loop
 
 
@@ -59,7 +58,7 @@ def compare(lm, prompt: list[int], expected: list[int], got: list[int], config: 
     if expected == got:
         return "identical"
     at = next((i for i, (a, b) in enumerate(zip(expected, got)) if a != b), min(len(expected), len(got)))
-    return "near_tie" if top_gap(lm, prompt + expected[:at], config, request) < NEAR_TIE else "different"
+    return "near_tie" if is_near_tie(lm, prompt + expected[:at], config, request) else "different"
 
 
 def figures(rows: list[dict], ar: list[dict]) -> dict:

@@ -106,6 +106,41 @@ def test_keep_top_matches_numpy(top_k, top_p):
         assert set(np.flatnonzero(kept)) == numpy_keep(row, top_k, top_p)
 
 
+def test_near_ties_of_sampling_are_those_that_change_the_draw():
+    # The edges of top-k and top-p moved by hand: sets of tokens in NumPy, the best of each by its score.
+    n, zero, one, rng = 800, jnp.int32(0), jnp.float32(1), np.random.default_rng(1)
+    logits = rng.normal(size=(n, 6)).astype(np.float32)
+    logits[::2, 0] = logits[::2, 1] + 5e-4
+    order = np.argsort(-logits)
+    p = np.exp(np.take_along_axis(logits, order, axis=1).astype(np.float64))
+    mass = (p / p.sum(axis=1, keepdims=True)).cumsum(axis=1)[:, 2]
+    top_p = (mass + np.resize([-5e-4, 5e-4, -2e-3, 2e-3], n)).astype(np.float32)  # half of them close to the edge
+    at = jnp.arange(n)
+    sampling = verify.Sampling(one, zero, one, jnp.uint32(3))
+    scores = logits + np.asarray(verify.sampling_scores(jnp.zeros((n, 6)), at, jnp.zeros(n, jnp.int32), sampling))
+
+    per_row = verify.Sampling(None, None, 0, None)
+    by_p = jax.vmap(verify.near_tie, (0, 0, None, per_row))(logits, at, zero, sampling.replace(top_p=top_p))
+    cut = sampling.replace(top_k=jnp.int32(3))
+    by_k = jax.vmap(verify.near_tie, (0, 0, None, None))(logits, at, zero, cut)
+    expected_p, expected_k = [], []
+    for row, p, score, (first, second, third, fourth, *_) in zip(logits, top_p, scores, order, strict=True):
+        best = lambda kept: max(kept, key=score.__getitem__)  # noqa: B023
+        expected_p.append(len({best(numpy_keep(row, 0, p + d)) for d in (-1e-3, 0, 1e-3)}) > 1)
+        other = fourth if row[third] - row[fourth] < 1e-3 else third
+        expected_k.append(best((first, second, third)) != best((first, second, other)))
+    close = np.sort(scores)[:, -2] > np.sort(scores)[:, -1] - 2e-3  # ties of another kind
+    np.testing.assert_array_equal(np.array(by_p)[~close], np.array(expected_p)[~close])
+    np.testing.assert_array_equal(np.array(by_k)[~close], np.array(expected_k)[~close])
+    assert 10 < sum(expected_p) < n / 2 and 10 < sum(expected_k) < n / 2 and close.sum() < 10
+
+
+def test_near_ties_of_greedy_decoding_are_close_scores():
+    greedy = verify.Sampling(jnp.float32(0), jnp.int32(0), jnp.float32(1), jnp.uint32(0))
+    tie = lambda *logits: bool(verify.near_tie(jnp.array(logits), jnp.int32(3), jnp.int32(0), greedy))
+    assert tie(1.0, 2.0, 2.0005) and not tie(1.0, 2.0, 2.0015) and not tie(1.0, 1.0, 2.0)
+
+
 def test_samples_follow_the_softmax():
     logits = jnp.array([1.0, 0.0, -1.0, 2.0])
     n = 4000

@@ -15,7 +15,7 @@ import numpy as np
 from msn_jax.config import DecodeConfig, InputError
 from msn_jax.decode import loop
 from msn_jax.decode.tree import TreeSet, tree_set
-from msn_jax.decode.verify import sampling_scores
+from msn_jax.decode.verify import near_tie
 from msn_jax.io.checkpoint import LM
 from msn_jax.io.tokenizer import decode as to_text
 from msn_jax.io.tokenizer import encode_chat, encode_text
@@ -134,8 +134,9 @@ def _generate_batch(lm, prompts, ids, first, size, decode, trees, on_tokens) -> 
 
     # Compile, and run once, what is timed below: XLA:CPU sets up the products of a program, and of each tree in it,
     # when they first run (0.6 to 1 s for SmolLM2).
-    program = (lm.cfg, size, slots, str(lm.dtype))
-    decoding = (*program, trees, lm.drafter is not None)
+    layout = tuple((x.shape, x.dtype, x.sharding) for x in jax.tree.leaves((lm.params, lm.drafter)))
+    program = (lm.cfg, size, slots, layout)
+    decoding = (program, trees)
     if decoding not in _warm:
         for match in trees.min_match:
             repeated = [[0] * (match + 1)] * size  # a text that leads to this tree
@@ -193,37 +194,18 @@ def _generate_batch(lm, prompts, ids, first, size, decode, trees, on_tokens) -> 
     return results
 
 
-def top_gap(lm: LM, ids: Sequence[int], decode: DecodeConfig, request: int = 0) -> float:
-    """How far apart the two best scores of the token after `ids` are: below 1e-3 they count as a tie.
-
-    Scores are logits, or with a temperature what `verify.sampling_scores` draws from, at `request`; there the
-    distance to the boundary of top-k or top-p counts too, where that is nearer.
-    """
+def is_near_tie(lm: LM, ids: Sequence[int], decode: DecodeConfig, request: int = 0) -> bool:
+    """Whether rounding alone can decide the token after `ids`, see `verify.near_tie`."""
     length = loop.bucket(len(ids))
     tokens = np.zeros((1, length), np.int32)
     tokens[0, : len(ids)] = ids
     sampling = loop.sampling_of(decode)
-    gap = _top_gap(lm.params, jnp.asarray(tokens), len(ids), request, sampling, cfg=lm.cfg, dtype=lm.activations)
-    return float(gap)
+    tie = _near_tie(lm.params, jnp.asarray(tokens), len(ids), request, sampling, cfg=lm.cfg, dtype=lm.activations)
+    return bool(tie)
 
 
 @partial(jax.jit, static_argnames=("cfg", "dtype"))
-def _top_gap(params, tokens, length, request, sampling, *, cfg, dtype):
+def _near_tie(params, tokens, length, request, sampling, *, cfg, dtype):
     hidden, _ = forward(params, cfg, tokens, jnp.arange(tokens.shape[1])[None], dtype=dtype)
     logits = unembed(params, cfg, jax.lax.dynamic_index_in_dim(hidden, length - 1, axis=1, keepdims=False))
-    one = lambda value: jnp.asarray(value, jnp.int32)[None]
-    scores = jax.lax.cond(
-        sampling.temperature > 0,
-        lambda: sampling_scores(logits, one(length), one(request), sampling),
-        lambda: logits,
-    )
-    best = jax.lax.top_k(scores[0], 2)[0]
-    # With top-k or top-p, which tokens take part can hang on a tie as well.
-    ordered = -jnp.sort(-logits[0] / jnp.maximum(sampling.temperature, 1e-6))
-    k = jnp.clip(sampling.top_k, 1, ordered.size - 1)
-    at_k = jnp.where(sampling.top_k > 0, ordered[k - 1] - ordered[k], jnp.inf)
-    inside = jnp.where((sampling.top_k == 0) | (jnp.arange(ordered.size) < k), ordered, -jnp.inf)
-    at_p = jnp.abs(jnp.cumsum(jax.nn.softmax(inside)) - sampling.top_p).min()
-    at_p = jnp.where(sampling.top_p < 1, at_p, jnp.inf)
-    boundary = jnp.where(sampling.temperature > 0, jnp.minimum(at_k, at_p), jnp.inf)
-    return jnp.minimum(best[0] - best[1], boundary)
+    return near_tie(logits[0], jnp.int32(length), jnp.int32(request), sampling)

@@ -9,6 +9,8 @@ from jax import Array
 
 from msn_jax.decode.tree import TreeSpec
 
+NEAR_TIE = 1e-3  # scores, or sums of probability, closer than this may fall either way in passes of different width
+
 
 @struct.dataclass
 class Sampling:
@@ -49,6 +51,34 @@ def sampling_scores(logits: Array, position: Array, request: Array, sampling: Sa
 
     scaled = keep_top(logits / sampling.temperature, sampling.top_k, sampling.top_p)
     return scaled + jax.vmap(noise)(request, position)
+
+
+def near_tie(logits: Array, position: Array, request: Array, sampling: Sampling) -> Array:
+    """Whether the token after one row of logits [V] could be another one for rounding alone. bool[]
+
+    That is where the two best scores lie within NEAR_TIE, or where the edge of top-k or top-p does of a token whose
+    coming or going changes the draw. position, request int32[].
+    """
+
+    def best_two(cut: Sampling) -> tuple[Array, Array]:
+        return jax.lax.top_k(sampling_scores(logits[None], position[None], request[None], cut)[0], 2)
+
+    def sampled():
+        best, (token, _) = best_two(sampling)
+        changes = lambda cut: best_two(cut)[1][0] != token
+        wider, narrower = (jnp.where(sampling.top_p < 1, sampling.top_p + d, 1.0) for d in (NEAR_TIE, -NEAR_TIE))
+        at_p = changes(sampling.replace(top_p=wider)) | changes(sampling.replace(top_p=narrower))
+        ordered = -jnp.sort(-logits)
+        k = jnp.clip(sampling.top_k, 1, ordered.size - 1)
+        alike = (sampling.top_k > 0) & (ordered[k - 1] - ordered[k] < NEAR_TIE * sampling.temperature)
+        at_k = alike & ((logits[token] <= ordered[k - 1]) | changes(sampling.replace(top_k=k + 1)))
+        return (best[0] - best[1] < NEAR_TIE) | at_p | at_k
+
+    def greedy():
+        best, _ = jax.lax.top_k(logits, 2)
+        return best[0] - best[1] < NEAR_TIE
+
+    return jax.lax.cond(sampling.temperature > 0, sampled, greedy)
 
 
 def targets(
