@@ -151,9 +151,7 @@ def main() -> None:
     folder = (args.runs / name).resolve()
     folder.mkdir(parents=True, exist_ok=True)
 
-    # The command without folders, which differ from machine to machine.
-    command = {"command": f"python benchmarks/evidence.py --arm {args.arm} --seed {args.seed}"}
-    result: dict = {"arm": args.arm, "seed": args.seed, **run_record(), **command}
+    result: dict = {"arm": args.arm, "seed": args.seed}
     ckpt = plan["base"]
     if SECTIONS & arm.keys():
         result |= train(plan, args, folder)
@@ -164,6 +162,10 @@ def main() -> None:
     if not arm.get("lora", {}).get("draft_only"):  # or its replies are those of the base, and so is its quality
         result |= measure_tasks(plan, ckpt, data, folder)
 
+    # Only now: asking for the device takes it, and the runs above need it. The command is without folders, which differ
+    # from machine to machine.
+    command = f"python benchmarks/evidence.py --arm {args.arm} --seed {args.seed}"
+    result |= run_record() | {"command": command}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result) + "\n")
     print(json.dumps({"arm": args.arm, "seed": args.seed, **{d: s["methods"] for d, s in result["speed"].items()}}))

@@ -20,7 +20,7 @@ from pathlib import Path
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import numpy as np
-from record import keep_rows, kept_rows
+from record import keep_rows, kept_rows, same_settings
 from spec_bench import LOOPS, repeated_4grams
 from tqdm import tqdm
 
@@ -61,6 +61,9 @@ def main() -> None:
     p.add_argument("--out", type=Path, required=True)
     args = p.parse_args()
 
+    # More --rows of the same go on; a reply does not depend on the batch it was made in.
+    fixed = {name: value for name, value in vars(args).items() if name not in ("out", "rows", "batch_size")}
+    same_settings(args.out.with_name(args.out.name + ".settings.json"), fixed)
     done = kept_rows(args.out)
     asked = done[-1]["asked"] if done else 0
     lm = load(args.ckpt, dtype=args.dtype)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import jax
 
+from msn_jax import InputError
+
 
 def run_record() -> dict[str, str]:
     """The command as typed, the commit of the code, and the device."""
@@ -39,3 +41,20 @@ def keep_rows(path: Path, rows: Iterable) -> None:
         file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
         file.flush()
         os.fsync(file.fileno())
+
+
+def same_settings(path: Path, settings: dict) -> None:
+    """Keep what a run was asked for in a JSON file beside its rows; InputError where an earlier run's are others."""
+    settings = json.loads(json.dumps(settings, default=str))
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+        return
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        names = [name for name in settings | earlier if settings.get(name) != earlier.get(name)]
+    except (ValueError, TypeError):
+        raise InputError(f"{path}: is not JSON with the settings of a run; name another --out") from None
+    if names:
+        were = ", ".join(f"{name} {earlier.get(name)}" for name in names)
+        raise InputError(f"{path}: the answers beside it were given with {were}; name another --out")

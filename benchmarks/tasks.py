@@ -30,7 +30,7 @@ from pathlib import Path
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from record import keep_rows, kept_rows, run_record
+from record import keep_rows, kept_rows, run_record, same_settings
 from tqdm import tqdm
 
 from msn_jax import InputError, generate, load
@@ -258,6 +258,8 @@ def main() -> None:
     if {"humaneval", "mbpp"} & set(names):
         if run_program("") != "passed":
             raise InputError("programs cannot be run apart from the network on this system (Linux namespaces)")
+    if args.out:
+        same_settings(args.out / "settings.json", {"ckpt": args.ckpt, "adapter": args.adapter})
     lm = load(args.ckpt, adapter=args.adapter)
     figures = {}
     for name in names:
