@@ -222,6 +222,17 @@ class Log:
             self._board.close()
 
 
+def step_flops(run: RunConfig, parameters: int, trained: int) -> int:
+    """Of a step, in products with weights: 2 a weight and token forward, 2 for what flows back, 2 for its gradient."""
+    tokens = run.train.batch_size * run.data.max_tokens
+    if not run.lora.rank:
+        return 6 * trained * tokens
+    if not run.lora.draft_only:
+        return (4 * parameters + 6 * trained) * tokens
+    noise = run.train.batch_size * run.noise.anchors * run.noise.length
+    return 2 * parameters * tokens + (4 * parameters + 6 * trained) * noise
+
+
 def train(setting: Setting) -> train_step.TrainState:
     """Train to the last step, from wherever the run directory stands."""
     run, cfg, mesh = setting.run, setting.cfg, setting.mesh
@@ -260,8 +271,7 @@ def train(setting: Setting) -> train_step.TrainState:
     evaluate = jax.jit(train_step.make_eval_step(cfg, run))
     say(f"{rows} x {run.data.max_tokens} tokens a step, compiled in {time.perf_counter() - began:.0f} s")
 
-    flops = (6 * trained if frozen is None else 4 * parameters + 6 * trained) * rows * run.data.max_tokens
-    stop, log, waiting = Stop(), Log(setting, flops, start), None
+    stop, log, waiting = Stop(), Log(setting, step_flops(run, parameters, trained), start), None
     for step in range(start + 1, run.train.steps + 1):
         state, report = step_of(state, frozen, global_batch(next(batches), batch_shapes))
         if waiting:

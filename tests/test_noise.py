@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from msn_jax import InputError, NoiseConfig, add_noise
-from msn_jax.noise import fill_noise, noise_depth, segment_length
+from msn_jax.noise import noise_depth, segment_length
 
 PAPER = NoiseConfig(length=5)
 

@@ -20,7 +20,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 import train
 from msn_jax import InputError, ModelConfig, generate, load, train_step
-from msn_jax.config import MeshConfig
+from msn_jax.config import LoraConfig, MeshConfig
 from msn_jax.io import run as run_dir
 from msn_jax.sharding import MESH_AXES, check_batch, make_mesh, mesh_sizes
 
@@ -371,15 +371,23 @@ def test_a_run_is_not_taken_up_with_another_config(config, tmp_path):
     assert lines(tmp_path / "run") == before
 
 
+def test_flops_of_a_step(config):
+    run, _ = train.parse_args(["--config", config()])  # 4 rows of 64 tokens, noise of length 3
+    lora = lambda **settings: dataclasses.replace(run, lora=LoraConfig(rank=2, **settings))
+    assert train.step_flops(run, 100, 100) == 600 * 256
+    assert train.step_flops(lora(), 100, 10) == (400 + 60) * 256
+    assert train.step_flops(lora(draft_only=True), 100, 10) == 200 * 256 + (400 + 60) * 4 * run.noise.anchors * 3
+
+
 def test_a_run_that_made_nothing_yet_takes_another_config(config, tmp_path, monkeypatch):
     def no_memory(*_):
         raise MemoryError
 
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(train.train_step, "jit_train_step", no_memory)
+        patch.setattr(train_step, "jit_train_step", no_memory)
         train.main(["--config", config(train={"steps": 1})])
     train.main(["--config", config(train={"steps": 1, "batch_size": 8})])
-    assert train.run_dir.read_config(tmp_path / "run").train.batch_size == 8 and len(lines(tmp_path / "run")) == 1
+    assert run_dir.read_config(tmp_path / "run").train.batch_size == 8 and len(lines(tmp_path / "run")) == 1
 
 
 def test_a_run_is_not_taken_up_with_other_data(config, tmp_path):
