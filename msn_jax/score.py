@@ -38,7 +38,8 @@ def loglikelihoods(
         longest = max(len(pairs[i][0]) + len(pairs[i][1]) for i in rows)
         most = max(len(pairs[i][1]) for i in rows)
         most = 8 if most <= 8 else bucket(most)
-        tokens = np.zeros((batch_size, bucket(longest)), np.int32)
+        width = next(size for size in (64, 128, bucket(longest)) if longest <= size)
+        tokens = np.zeros((batch_size, width), np.int32)
         places, labels = np.zeros((batch_size, most), np.int32), np.full((batch_size, most), -1, np.int32)
         for row, i in enumerate(rows):
             context, continuation = pairs[i]

@@ -66,3 +66,29 @@ def test_answers_are_read_as_people_would():
     assert tasks.cut("import re\ndef f(): pass\n\nassert f()", tasks.MBPP_STOPS) == "import re\ndef f(): pass\n"
     # Wilson's interval of 5 of 10, from its formula by hand.
     assert tasks.interval(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+
+
+def test_choices_are_rated_by_likelihood_and_by_likelihood_a_character(tmp_path, monkeypatch):
+    (tmp_path / "mmlu").mkdir()
+    (tmp_path / "mmlu" / "b_c_test.csv").write_text('1 + 1?,2,"22, or two",222,2222,B\nLast?,a,b,c,d,D\n')
+    (tmp_path / "mmlu" / "a_test.csv").write_text("First?,aa,b,cc,dddd,A\n")
+    items = tasks.mmlu_items(tmp_path)
+    assert [item["id"] for item in items] == ["a_test/0", "b_c_test/0", "b_c_test/1"]  # in turns
+    asked = []
+
+    def likelihoods(lm, pairs, batch_size):
+        asked.extend(pairs)
+        return [(score, False) for score in (-4, -5, -6, -6, -2, -9, -7, -8, -3, -3, -3, -1)]
+
+    monkeypatch.setattr(tasks, "loglikelihoods", likelihoods)
+    monkeypatch.setattr(tasks, "encode", lambda lm, text: text)
+    monkeypatch.setattr(tasks, "encode_text", lambda tokenizer, text, special_tokens: text)
+    lm = LM("named", None, None, None, ())
+    # A character: -2, -5, -3, -1.5; -2, -0.9, -2.3, -2; -3, -3, -3, -1.
+    got = [(row["answer"], row["correct"]) for row in tasks.mmlu_cloze(lm, items, 8)]
+    assert got == [("dddd", False), ("22, or two", True), ("d", True)]
+    assert asked[5] == ("The following are questions about b c.\nQuestion: 1 + 1?\nAnswer:", " 22, or two")
+    got = [(row["answer"], row["correct"]) for row in tasks.mmlu(lm, items, 8)]
+    assert got == [("A", True), ("A", False), ("D", True)]
+    about = "The following is a multiple choice question about b c."
+    assert asked[17] == (f"{about}\n\n1 + 1?\nA. 2\nB. 22, or two\nC. 222\nD. 2222\nAnswer:", " B")
