@@ -139,6 +139,11 @@ def speed_section(results: dict[str, dict]) -> str:
     return table([*head, "same / near tie / differ"], rows)
 
 
+def measured(speed: dict, family: str) -> str | None:
+    """The METHOD:TREE that stands for a method: the first of it that was measured."""
+    return next((method for method in speed["methods"] if method.partition(":")[0] == family), None)
+
+
 def without_noise(method: str) -> bool:
     """Whether METHOD:TREE names trees that have no noise nodes, and so leave a draft-only adapter out."""
     tree = method.partition(":")[2]
@@ -146,8 +151,8 @@ def without_noise(method: str) -> bool:
 
 
 def against_section(results: dict[str, dict], base: str, arms: list[str]) -> str:
-    """Each arm's methods over the same of `base` in the same dtype, on whatever trees that has tried; where an arm is
-    its own base, trees with noise nodes over those without."""
+    """Each arm's methods over the same of `base` in the same dtype. Draft-only adapters have trees of their own, over
+    whatever `base` has tried; where an arm is its own base, trees with noise nodes over those without."""
     rows = []
     for name, dtype, speed in speeds({name: results[name] for name in arms}):
         bases = results[base]["speed"].get(dtype, {"methods": {}})
@@ -155,9 +160,28 @@ def against_section(results: dict[str, dict], base: str, arms: list[str]) -> str
             ours, theirs = by_question(speed, method), by_question(bases, other)
             if method.partition(":")[0] != other.partition(":")[0] or other.partition(":")[0] not in COMPARED:
                 continue
-            if ours and theirs and (name != base or (without_noise(other) and not without_noise(method))):
+            if name == base:
+                wanted = without_noise(other) and not without_noise(method)
+            else:
+                wanted = method == other or draft_only(results[name])
+            if ours and theirs and wanted:
                 rows.append([dtype, f"{name} {method}", f"{base} {other}", interval(mat_ratio(ours, theirs), 3)])
     return table(["dtype", "", "over", "MAT, no loops, as a ratio"], rows) if rows else ""
+
+
+def draft_only(result: dict) -> bool:
+    return bool(result.get("train", {}).get("lora", {}).get("draft_only"))
+
+
+def noisy_share(metrics: list[dict]) -> float:
+    """Share of the scored tokens whose input was noise, over training: the loss is the mean of both kinds."""
+    noisy = tokens = 0.0
+    for line in metrics:
+        if "loss_noisy" in line and line["loss_noisy"] != line["loss_clean"]:
+            share = (line["loss"] - line["loss_clean"]) / (line["loss_noisy"] - line["loss_clean"])
+            noisy += share * line["response_tokens"]
+        tokens += line["response_tokens"]
+    return noisy / tokens
 
 
 def training_section(results: dict[str, dict]) -> str:
@@ -165,17 +189,19 @@ def training_section(results: dict[str, dict]) -> str:
     for name, result in results.items():
         if "train" not in result:
             continue
-        tokens = sum(line["response_tokens"] for line in result["metrics"])
-        plain = results.get(f"plain-seed{result['seed']}")
+        metrics, plain = result["metrics"], results.get(f"plain-seed{result['seed']}")
+        tokens = sum(line["response_tokens"] for line in metrics)
         loss, difference = last(result, "eval_loss"), "-"
-        draft_only = result["train"].get("lora", {}).get("draft_only")
-        if plain and not draft_only and result["arm"] != "plain":
+        if plain and not draft_only(result) and result["arm"] != "plain":
             difference = f"{100 * (loss / last(plain, 'eval_loss') - 1):+.2f}%"
-        depths = [last(result, f"eval_top1_depth{j}") for j in range(1, 9)]
-        shown = " ".join(f"{top1:.2f}" for top1 in depths if top1 is not None)
-        rows.append([name, str(result["metrics"][-1]["step"]), f"{tokens:,.0f}"])
-        rows[-1] += ["KL" if draft_only else "", f"{loss:.4f}", difference, shown]
-    return table(["arm", "steps", "tokens scored", "", "held-out loss", "to plain", "top-1 by noise depth"], rows)
+        share = "all, KL" if draft_only(result) else f"{100 * noisy_share(metrics):.0f}%"
+        depths = []
+        for best in ("top1", "top10"):
+            values = [last(result, f"eval_{best}_depth{j}") for j in range(1, 9)]
+            depths.append(" ".join(f"{value:.2f}" for value in values if value is not None))
+        rows.append([name, str(metrics[-1]["step"]), f"{tokens:,.0f}", share, f"{loss:.4f}", difference, *depths])
+    head = ["arm", "steps", "tokens scored", "behind noise", "held-out loss", "to plain"]
+    return table([*head, "first right, by noise depth", "one of ten right"], rows)
 
 
 def tasks_section(results: dict[str, dict]) -> str:
@@ -209,16 +235,18 @@ def plot_categories(results: dict[str, dict]) -> None:
 def plot_accepted(results: dict[str, dict]) -> None:
     shown = {name: result for name, result in results.items() if result["seed"] == 0}
     figure, all_axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
-    for axes, method in zip(all_axes, COMPARED, strict=True):
+    for axes, family in zip(all_axes, COMPARED, strict=True):
         for name, result in shown.items():
-            kept = [r for r in plotted(result)["answers"] if r["method"] == method and r["rep4_frac"] < LOOPS]
+            speed = plotted(result)
+            method = measured(speed, family)
+            kept = [r for r in speed["answers"] if r["method"] == method and r["rep4_frac"] < LOOPS]
             if not kept:
                 continue
             counts = np.bincount([count for row in kept for count in row["accepted"]], minlength=9)
-            axes.plot(range(1, 9), counts[1:9] / counts.sum(), marker="o", markersize=3, label=name)
-        axes.set(title=method, xlabel="tokens that a pass emits", yscale="log")
+            axes.plot(range(1, 9), counts[1:9] / counts.sum(), marker="o", markersize=3, label=f"{name}, {method}")
+        axes.set(title=family, xlabel="tokens that a pass emits", yscale="log")
+        axes.legend(fontsize=8)
     all_axes[0].set_ylabel("share of passes, outputs without loops")
-    all_axes[0].legend(fontsize=8)
     save(figure, "accepted_lengths")
 
 
@@ -227,11 +255,19 @@ def plot_depths(results: dict[str, dict]) -> None:
     figure, all_axes = plt.subplots(1, 3, figsize=(12, 4), sharey=True)
     for axes, depth in zip(all_axes, (1, 2, 3), strict=True):
         for name, result in trained.items():
-            key = f"eval_top1_depth{depth}"
-            lines = [line for line in result["metrics"] if key in line]
-            axes.plot([x["step"] for x in lines], [x[key] for x in lines], marker="o", markersize=3, label=name)
+            color = None
+            for best, style, label in (("top1", "-", name), ("top10", ":", None)):
+                key = f"eval_{best}_depth{depth}"
+                lines = [(line["step"], line[key]) for line in result["metrics"] if key in line]
+                if not lines:
+                    continue
+                (drawn,) = axes.plot(
+                    *zip(*lines, strict=True), style, marker="o", markersize=3, label=label, color=color
+                )
+                color = drawn.get_color()
         axes.set(title=f"noise depth {depth}", xlabel="step")
-    all_axes[0].set_ylabel("top-1 on held-out text")
+    all_axes[0].set_ylabel("right on held-out text")
+    figure.suptitle("the first candidate (solid), one of ten (dotted)", fontsize=10)
     all_axes[0].legend(fontsize=8)
     save(figure, "accuracy_by_depth")
 
@@ -303,7 +339,7 @@ def main() -> None:
     text.append("![accepted lengths](results/accepted_lengths.png)\n")
     text.append("## Training\n")
     text.append(training_section(results))
-    text.append("![top-1 by noise depth](results/accuracy_by_depth.png)\n")
+    text.append("![right by noise depth](results/accuracy_by_depth.png)\n")
     if compared:
         text.append("![clean loss over plain](results/loss_difference.png)\n")
     text.append("## Tasks\n")

@@ -19,7 +19,7 @@ def answers(method, rows):
 
 def arm(name, jacobi, right, loss):
     figures = dict(mat=1.5, rep4_frac=0.1, ratio_to_ar=1.1, identical=3, near_ties=0, different=0, questions=3)
-    methods = {"ar": figures, "jacobi": figures, "tr-jacobi": figures}
+    methods = {"ar": figures, "jacobi": figures, "tr-jacobi": figures, "tr-jacobi:small13": figures}
     task = {"items": 4, "accuracy_frac": len(right) / 4, "low95_frac": 0.1, "high95_frac": 0.9, "correct_items": right}
     return {
         "arm": name,
@@ -31,11 +31,19 @@ def arm(name, jacobi, right, loss):
             "float32": {
                 "methods": methods,
                 "categories": {"qa": {"tr-jacobi": {"mat_no_loops": 1.5}}},
-                "answers": answers("ar", [(1, 10, 10, 0.0)]) + answers("jacobi", jacobi) + answers("tr-jacobi", jacobi),
+                "answers": [
+                    *answers("ar", [(1, 10, 10, 0.0)]),
+                    *(row for name in list(methods)[1:] for row in answers(name, jacobi)),
+                ],
             }
         },
         "train": {"lora": {"rank": 4}},
-        "metrics": [{"step": 1, "response_tokens": 30.0}, {"step": 2, "response_tokens": 12.0, "eval_loss": loss}],
+        # A quarter of the first 30 tokens is behind noise, of the other 12 none.
+        "metrics": [
+            {"step": 1, "response_tokens": 30.0, "loss": 3.0, "loss_clean": 2.0, "loss_noisy": 6.0},
+            {"step": 2, "response_tokens": 12.0, "loss": 2.0, "loss_clean": 2.0, "loss_noisy": 6.0}
+            | {"eval_loss": loss, "eval_top1_depth1": 0.1, "eval_top1_depth2": 0.05, "eval_top10_depth1": 0.4},
+        ],
         "tasks": {"gsm8k": task},
     }
 
@@ -62,8 +70,10 @@ def test_figures_are_those_of_the_arms(written):
     assert ["paper-seed0", "float32", "jacobi", "2.25 (2.25 to 2.25)", "1.50", "0.10", "1.10", "3 / 0 / 0"] in rows
     assert ["paper-seed0", "bfloat16", "jacobi", "2.00 (2.00 to 2.00)", "1.50", "0.10", "1.10", "3 / 0 / 0"] in rows
     assert ["float32", "paper-seed0 jacobi", "plain-seed0 jacobi", "1.500 (1.500 to 1.500)"] in rows
+    assert ["float32", "paper-seed0 tr-jacobi", "plain-seed0 tr-jacobi", "1.500 (1.500 to 1.500)"] in rows
+    assert not [row for row in rows if row[1:3] == ["paper-seed0 tr-jacobi", "plain-seed0 tr-jacobi:small13"]]
     assert not [row for row in rows if row[:2] == ["bfloat16", "paper-seed0 jacobi"]]  # plain has none to compare with
-    assert ["paper-seed0", "2", "42", "", "2.0500", "+2.50%", ""] in rows
+    assert ["paper-seed0", "2", "42", "18%", "2.0500", "+2.50%", "0.10 0.05", "0.40"] in rows
     # Right where plain is wrong twice, wrong where it is right once: one of four items more.
     assert [r[4].split()[0] for r in rows if r[:2] == ["paper-seed0", "gsm8k"]] == ["25.0"]
     assert "not run here (`python benchmarks/evidence.py --arm NAME`): untouched, several," in (
