@@ -222,10 +222,10 @@ def print_comparison(plain: list, fast: list) -> None:
     print(f"tokens identical: {'yes' if same == len(fast) else f'no ({same} of {len(fast)} prompts)'}")
 
 
-def write_report(path: str, lm, prompt: str, result, plain) -> None:
+def write_report(path: str, lm, prompt: str, ids: list[int], result, plain) -> None:
     runs = []
     for r in filter(None, (plain, result)):
-        stream, pieces, at = TextStream(lm.tokenizer), [], 0
+        stream, pieces, at = TextStream(lm.tokenizer, after=ids), [], 0
         for count in r.accepted:
             pieces.append(stream.add(r.tokens[at : at + count]))
             at += count
@@ -245,7 +245,7 @@ def write_report(path: str, lm, prompt: str, result, plain) -> None:
 
 def stream_one(lm, ids: list[int], config: DecodeConfig):
     """Generate for one prompt and print the text as it is accepted."""
-    stream = TextStream(lm.tokenizer)
+    stream = TextStream(lm.tokenizer, after=ids)
     show = lambda text: print(text, end="", flush=True)
     (result,) = next(generate_batches(lm, [ids], config, on_tokens=lambda new: show(stream.add(new))))
     print(stream.flush())
@@ -335,7 +335,8 @@ def decode(lm, args: argparse.Namespace, config: DecodeConfig, rows: list | None
     else:
         results = decode_file(lm, rows, config, args.out)
     if args.html:
-        write_report(args.html, lm, args.prompt, results[0], plain[0] if plain else None)
+        ids = encode(lm, rows[0][1])
+        write_report(args.html, lm, args.prompt, ids, results[0], plain[0] if plain else None)
         print(f"wrote {args.html}", file=sys.stderr)
     if plain:
         return print_comparison(plain, results)

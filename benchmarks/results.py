@@ -243,7 +243,8 @@ def plot_accepted(results: dict[str, dict]) -> None:
             if not kept:
                 continue
             counts = np.bincount([count for row in kept for count in row["accepted"]], minlength=9)
-            axes.plot(range(1, 9), counts[1:9] / counts.sum(), marker="o", markersize=3, label=f"{name}, {method}")
+            shares = np.where(counts > 0, counts / counts.sum(), np.nan)[1:9]
+            axes.plot(range(1, 9), shares, marker="o", markersize=3, label=f"{name}, {method}")
         axes.set(title=family, xlabel="tokens that a pass emits", yscale="log")
         axes.legend(fontsize=8)
     all_axes[0].set_ylabel("share of passes, outputs without loops")

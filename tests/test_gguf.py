@@ -213,6 +213,13 @@ def test_a_sentencepiece_vocabulary_encodes_as_sentencepiece(golden):
     tok, stops = byte_fallback()
     assert tok.encode(golden["text"], add_special_tokens=False) == golden["ids"] and stops == {2}
     assert decode(tok, golden["ids"]) == golden["text"]
+    # Cut anywhere but inside a character: the text behind the cut is what is left of the whole.
+    for at in range(1, len(golden["ids"])):
+        head, tail = golden["ids"][:at], golden["ids"][at:]
+        if golden["text"].startswith(before := decode(tok, head)):
+            assert before + decode(tok, tail, after=head) == golden["text"]
+            stream = TextStream(tok, after=head)
+            assert stream.add(tail) + stream.flush() == golden["text"][len(before) :]
 
 
 def test_a_sentencepiece_vocabulary_starts_with_its_bos():

@@ -34,7 +34,7 @@ class Result:
     id: Any
     prompt_tokens: int
     tokens: list[int]  # generated ids, the stop token included
-    text: str
+    text: str  # of the tokens, as it stands behind the prompt; without special tokens
     finish_reason: str  # "stop" or "length"
     forwards: int  # model passes after prefill
     accepted: list[int]  # tokens that each pass emitted
@@ -182,7 +182,7 @@ def _generate_batch(lm, prompts, ids, first, size, decode, trees, on_tokens) -> 
                 id=id_,
                 prompt_tokens=len(prompt),
                 tokens=tokens,
-                text=to_text(lm.tokenizer, tokens),
+                text=to_text(lm.tokenizer, tokens, after=prompt),
                 finish_reason="stop" if host.stopped[row] else "length",
                 forwards=int(host.forwards[row]),
                 accepted=host.accepted[row, : host.forwards[row]].tolist(),

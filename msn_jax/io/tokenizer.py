@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,20 +172,21 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, special_tokens: b
 class TextStream:
     """Text of a growing list of token ids, in pieces that are whole characters.
 
-    "".join of all pieces and of `flush()` is the decoded text.
+    "".join of all pieces and of `flush()` is the text that `decode` gives.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self._tokenizer, self._ids, self._shown = tokenizer, [], ""
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, after: Sequence[int] = ()):
+        """after: tokens before the first of the list, see `decode`."""
+        self._decode, self._ids, self._shown = partial(decode, tokenizer, after=after), [], ""
 
     def add(self, ids: Sequence[int]) -> str:
         self._ids.extend(ids)
-        text = decode(self._tokenizer, self._ids)
+        text = self._decode(self._ids)
         # A character can span tokens: until it is whole it decodes to U+FFFD, which is held back.
         return self._emit(text.rstrip("\ufffd"))
 
     def flush(self) -> str:
-        return self._emit(decode(self._tokenizer, self._ids))
+        return self._emit(self._decode(self._ids))
 
     def _emit(self, text: str) -> str:
         if len(text) <= len(self._shown):
@@ -193,5 +195,15 @@ class TextStream:
         return piece
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], after: Sequence[int] = ()) -> str:
+    """Text of token ids, special ones left out; as it stands behind the tokens `after`, of which the last few do.
+
+    It matters to SentencePiece, which drops the space that a text begins with: of a prompt and its reply together that
+    is the prompt's, of the reply alone it is the reply's own.
+    """
+    text_of = lambda ids: tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    tail = list(after[-64:])
+    before, whole = text_of(tail), text_of([*tail, *ids])
+    # Not where a character spans the two: then neither has it whole.
+    apart = before and "\ufffd" not in before and whole.startswith(before)
+    return whole[len(before) :] if apart else text_of(ids)
