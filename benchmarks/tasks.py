@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import gzip
 import importlib.util
 import itertools
 import json
@@ -37,6 +36,8 @@ from record import keep_rows, kept_rows, run_record, same_settings
 from tqdm import tqdm
 
 from msn_jax import InputError, generate, load
+from msn_jax.config import DataSource
+from msn_jax.data import read_rows
 from msn_jax.decode.generate import encode
 from msn_jax.io.checkpoint import LM
 from msn_jax.io.tokenizer import encode_text
@@ -100,13 +101,9 @@ def last_number(text: str) -> str | None:
     return number.rstrip("0").rstrip(".") if "." in number else number
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """Raises InputError for a file that is not there."""
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
-            return [json.loads(line) for line in file if line.strip()]
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: cannot be read ({e})") from None
+def rows_of(path: Path) -> list[dict]:
+    """Raises InputError for a file that is not there, or holds something else than JSON lines."""
+    return list(read_rows(DataSource(path=str(path))))
 
 
 def human_eval_file(data: Path) -> Path:
@@ -128,10 +125,10 @@ def code_prompts(task: str, data: Path) -> list[dict]:
                 "stops": HUMAN_EVAL_STOPS,
                 "after": f"\n{row['test']}\ncheck({row['entry_point']})\n",
             }
-            for row in read_jsonl(human_eval_file(data))
+            for row in rows_of(human_eval_file(data))
         ]
     items = []
-    for row in read_jsonl(data / "mbpp.jsonl"):
+    for row in rows_of(data / "mbpp.jsonl"):
         if 11 <= row["task_id"] <= 510:  # the test split
             prompt = '"""\n{}\n{}\n"""\n'.format(row["text"], "\n".join(row["test_list"]))
             after = "\n" + row["test_setup_code"] + "\n" + "\n".join(row["test_list"]) + "\n"
@@ -152,7 +149,7 @@ def code(lm: LM, items: list[dict], batch_size: int) -> Iterator[dict]:
 def gsm8k_items(data: Path) -> list[dict]:
     return [
         {"id": str(i), "prompt": row["question"], "number": last_number(row["answer"])}
-        for i, row in enumerate(read_jsonl(data / "gsm8k_test.jsonl"))
+        for i, row in enumerate(rows_of(data / "gsm8k_test.jsonl"))
     ]
 
 
@@ -216,7 +213,7 @@ def mmlu_cloze(lm: LM, items: list[dict], batch_size: int) -> Iterator[dict]:
 
 
 def mt_bench_items(data: Path) -> list[dict]:
-    return [{"id": str(row["question_id"]), "turns": row["turns"]} for row in read_jsonl(data / "mt_bench.jsonl")]
+    return [{"id": str(row["question_id"]), "turns": row["turns"]} for row in rows_of(data / "mt_bench.jsonl")]
 
 
 def mt_bench(lm: LM, items: list[dict], batch_size: int) -> Iterator[dict]:

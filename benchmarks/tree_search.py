@@ -29,6 +29,8 @@ from record import run_record
 from tqdm import tqdm
 
 from msn_jax import InputError, load, unembed
+from msn_jax.config import DataSource
+from msn_jax.data import read_rows
 from msn_jax.decode.draft import LONGEST_MATCH
 from msn_jax.decode.generate import encode
 from msn_jax.decode.tree import EITHER, JACOBI, NOISE, TreeSet, TreeSpec, branching, chain
@@ -93,8 +95,8 @@ def read_replies(lm, path: Path, rows: int, adapter) -> list[Reply]:
     """The last `rows` conversations of a file of `messages`, up to TOKENS tokens of each."""
     params = stack_layers(lm.params)
     replies = []
-    for line in tqdm(path.read_text(encoding="utf-8").splitlines()[-rows:], unit="reply"):
-        *prompt, reply = json.loads(line)["messages"]
+    for row in tqdm(list(read_rows(DataSource(path=str(path))))[-rows:], unit="reply"):
+        *prompt, reply = row["messages"]
         prompt = encode(lm, prompt)
         text = (prompt + encode_text(lm.tokenizer, reply["content"], special_tokens=False))[:TOKENS]
         padded = jnp.asarray(text + [0] * (TOKENS - len(text)), jnp.int32)
