@@ -497,32 +497,22 @@ def longest_response(corpus: Corpus) -> int:
     return longest
 
 
-def batches(
-    corpus: Corpus, config: DataConfig, batch_size: int, seed: int, part: tuple[int, int] = (0, 1)
-) -> grain.DatasetIterator:
+def batches(corpus: Corpus, config: DataConfig, batch_size: int, seed: int) -> grain.DatasetIterator:
     """An endless iterator of packed batches of the train examples, the same for the same seed.
 
     Each is {"tokens": int32[B, T], "segment_ids": int32[B, T] (0 padding, then 1, 2, ... by example), "positions":
     int32[B, T] (from 0 in each example), "response": bool[B, T]}, T = config.max_tokens. Sources are drawn in
     proportion to their weights, and each is shuffled anew every epoch. `get_state()` is a JSON-able dict of where
-    the last yielded batch ends; after `set_state()` the next one follows.
-
-    part = (index, count): this process's share, the rows [index * B/count, (index + 1) * B/count) of each batch.
-    Every process packs all rows (it is cheap: no tokenising) so that the batches, and a state, do not depend on how
-    many processes there are. Raises InputError where count does not divide batch_size.
+    the last yielded batch ends; after `set_state()` the next one follows. Of several processes each packs all rows (it
+    is cheap: no tokenising), so that neither batches nor states depend on how many there are.
     """
-    index, count = part
-    if batch_size % count:
-        raise InputError(f"train.batch_size = {batch_size} does not divide over {count} processes")
     streams = [
         grain.MapDataset.source(examples).shuffle(seed=_seed(seed, number)).repeat()
         for number, examples in enumerate(corpus.train.values())
     ]
     mixed = grain.MapDataset.mix(streams, list(corpus.weights.values()))
     rows = _pack(mixed, config.max_tokens, config.packing_bins, seed=_seed(seed, len(streams)))
-    size = batch_size // count
-    mine = lambda batch: {name: array[index * size : (index + 1) * size] for name, array in batch.items()}
-    return iter(grain.experimental.ThreadPrefetchIterDataset(rows.batch(batch_size).map(mine), prefetch_buffer_size=2))
+    return iter(grain.experimental.ThreadPrefetchIterDataset(rows.batch(batch_size), prefetch_buffer_size=2))
 
 
 def _seed(seed: int, number: int) -> int:

@@ -431,18 +431,6 @@ def test_resume_gives_the_batches_of_an_uninterrupted_run(after):
     assert_same(take(interrupted, 8), expected[after:])
 
 
-def test_the_parts_of_two_processes_are_the_whole():
-    corpus_ = corpus(a=[5, 3, 4, 6, 2, 7, 9] * 3)
-    start = lambda part: data.batches(corpus_, config("x", max_tokens=10), 4, 1, part)
-    whole, parts = start((0, 1)), [start((0, 2)), start((1, 2))]
-    for _ in range(6):
-        left, right = next(parts[0]), next(parts[1])
-        assert_same([{name: np.concatenate([left[name], right[name]]) for name in left}], [next(whole)])
-    assert parts[0].get_state() == parts[1].get_state() == whole.get_state()
-    with pytest.raises(InputError, match="batch_size = 4 does not divide over 3 processes"):
-        start((0, 3))
-
-
 def test_held_out_batches_are_fixed_and_filled_up():
     made = corpus(a=[8, 8, 4, 4, 8], b=[8, 3])
     corpus_ = data.Corpus(train={}, held_out=made.train, skipped={}, weights={})

@@ -61,7 +61,6 @@ class LM:
 class Opened:
     """A checkpoint of which all but the weights is read."""
 
-    name: str
     cfg: ModelConfig
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]
@@ -134,7 +133,7 @@ def open_checkpoint(ckpt: str) -> Opened:
         stops |= hf.stop_ids(path)
     if len(tok) > cfg.vocab_size:
         raise InputError(f"{ckpt}: the tokenizer has {len(tok)} tokens, the model {cfg.vocab_size}")
-    return Opened(ckpt, cfg, tok, tuple(sorted(stops)), source)
+    return Opened(cfg, tok, tuple(sorted(stops)), source)
 
 
 def resolve(ckpt: str, hub_files: list[str] = _HUB_FILES) -> Path:
