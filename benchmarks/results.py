@@ -207,12 +207,13 @@ def training_section(results: dict[str, dict]) -> str:
 def tasks_section(results: dict[str, dict]) -> str:
     rows = []
     for name, result in results.items():
-        plain = results.get(f"plain-seed{result['seed']}", results.get("plain-seed0"))
+        plain = results.get(f"plain-seed{result['seed']}", results.get("plain-seed0", {}))
         for task, f in result.get("tasks", {}).items():
             share = f"{100 * f['accuracy_frac']:.1f} ({100 * f['low95_frac']:.1f} to {100 * f['high95_frac']:.1f})"
             shown = "-"
-            if plain and plain is not result:
-                shown = interval(accuracy_difference(f, plain["tasks"][task]), 1)
+            base = plain.get("tasks", {}).get(task)
+            if base and plain is not result:
+                shown = interval(accuracy_difference(f, base), 1)
             rows.append([name, task, str(f["items"]), share, shown])
     return table(["arm", "task", "items", "accuracy, %", "points over plain"], rows) if rows else ""
 

@@ -58,6 +58,7 @@ def written(tmp_path, monkeypatch):
     # Half again as many tokens a pass; the third question loops and counts nowhere but in the mean of all.
     paper = arm("paper", [(1, 45, 20, 0.0), (2, 45, 20, 0.19), (3, 90, 9, 0.2)], ["b", "c", "d"], 2.05)
     paper["speed"]["bfloat16"] = arm("paper", [(1, 40, 20, 0.0)], [], 2)["speed"]["float32"]
+    paper["tasks"]["mmlu"] = paper["tasks"]["gsm8k"]  # which plain was not asked
     for result in (plain, paper):
         (tmp_path / "results" / f"{result['arm']}-seed0.json").write_text(json.dumps(result))
     results.main()
@@ -76,6 +77,7 @@ def test_figures_are_those_of_the_arms(written):
     assert ["paper-seed0", "2", "42", "18%", "2.0500", "+2.50%", "0.10 0.05", "0.40"] in rows
     # Right where plain is wrong twice, wrong where it is right once: one of four items more.
     assert [r[4].split()[0] for r in rows if r[:2] == ["paper-seed0", "gsm8k"]] == ["25.0"]
+    assert [r[4] for r in rows if r[:2] == ["paper-seed0", "mmlu"]] == ["-"]
     assert "not run here (`python benchmarks/evidence.py --arm NAME`): untouched, several," in (
         (folder / "RESULTS.md").read_text()
     )
