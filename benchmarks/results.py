@@ -219,17 +219,20 @@ def tasks_section(results: dict[str, dict]) -> str:
 
 
 def plot_categories(results: dict[str, dict]) -> None:
-    shown = {name: plotted(r)["categories"] for name, r in results.items() if r["seed"] == 0}
-    categories = sorted(next(iter(shown.values())))
-    figure, axes = plt.subplots(figsize=(11, 4))
+    shown = {name: plotted(r) for name, r in results.items() if r["seed"] == 0}
+    categories = sorted(next(iter(shown.values()))["categories"])
+    figure, all_axes = plt.subplots(2, 1, figsize=(11, 7), sharex=True)
     width = 0.8 / len(shown)
-    for i, (name, by_category) in enumerate(shown.items()):
-        heights = [by_category[c]["tr-jacobi"]["mat_no_loops"] for c in categories]
-        axes.bar(np.arange(len(categories)) + i * width, heights, width, label=name)
-    axes.set_xticks(np.arange(len(categories)) + 0.4 - width / 2, categories, rotation=30, ha="right")
-    axes.axhline(1, color="black", linewidth=0.5)
-    axes.set_ylabel("tokens a pass, tr-jacobi, no loops")
-    axes.legend(fontsize=8, ncols=4)
+    for axes, family in zip(all_axes, COMPARED, strict=True):
+        for i, (name, speed) in enumerate(shown.items()):
+            if method := measured(speed, family):
+                heights = [speed["categories"][c][method]["mat_no_loops"] for c in categories]
+                axes.bar(np.arange(len(categories)) + i * width, heights, width, label=f"{name}, {method}")
+        axes.axhline(1, color="black", linewidth=0.5)
+        axes.set_ylabel(f"tokens a pass, {family}")
+        axes.legend(fontsize=8, ncols=4)
+    all_axes[0].set_title("outputs without loops; no bar: all loop", fontsize=10)
+    all_axes[1].set_xticks(np.arange(len(categories)) + 0.4 - width / 2, categories, rotation=30, ha="right")
     save(figure, "mat_by_category")
 
 

@@ -30,7 +30,7 @@ def arm(name, jacobi, right, loss):
         "speed": {
             "float32": {
                 "methods": methods,
-                "categories": {"qa": {"tr-jacobi": {"mat_no_loops": 1.5}}},
+                "categories": {"qa": dict.fromkeys(methods, {"mat_no_loops": 1.5})},
                 "answers": [
                     *answers("ar", [(1, 10, 10, 0.0)]),
                     *(row for name in list(methods)[1:] for row in answers(name, jacobi)),
