@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+LEFT_ROWS = 256  # rows up to which the weight stands on the left on CPU
 HIGHEST = jax.lax.Precision.HIGHEST  # float32 means float32: TPUs and GPUs would round operands otherwise
 
 
@@ -33,44 +34,43 @@ def linear(x: Array, w: Array, in_dims: int = 1, dtype=None) -> Array:
 
     The product is one of w's dtype: activations in float32 are rounded for weights in bfloat16.
     """
-    rows, dtype = x.ndim - in_dims, dtype or x.dtype
-    if math.prod(x.shape[:rows]) > 32:
-        product = _weight_right if x.dtype == w.dtype else _rounded
-        return product(x, w, in_dims, dtype)
+    product = _product if x.dtype == w.dtype else _rounded
+    return product(x, w, in_dims, dtype or x.dtype)
+
+
+def _product(x: Array, w: Array, in_dims: int, dtype) -> Array:
+    rows, outs = x.ndim - in_dims, w.ndim - in_dims
+    x_ins, w_ins = tuple(range(rows, x.ndim)), tuple(range(outs, w.ndim))
+    precision = HIGHEST if w.dtype == jnp.float32 else None
+
+    def weight_right(x, w):
+        return jax.lax.dot_general(x.astype(w.dtype), w, ((x_ins, w_ins), ((), ())), precision, dtype)
 
     def weight_left(x, w):
         if rows and math.prod(x.shape[:rows]) == 1 and w.dtype == jnp.bfloat16:
             # For one row XLA:CPU widens the whole matrix first, which takes five times as long as two rows.
-            return jax.lax.slice_in_dim(weight_left(jnp.concatenate([x, x], rows - 1), w), 0, 1, axis=rows - 1)
-        contract = tuple(range(w.ndim - in_dims, w.ndim)), tuple(range(rows, x.ndim))
-        y = jax.lax.dot_general(w, x.astype(w.dtype), (contract, ((), ())), _precision(w), dtype)
+            two = weight_left(jnp.concatenate([x, x], axis=rows - 1), w)
+            return jax.lax.slice_in_dim(two, 0, 1, axis=rows - 1)
+        y = jax.lax.dot_general(w, x.astype(w.dtype), ((w_ins, x_ins), ((), ())), precision, dtype)
         y = jax.lax.optimization_barrier(y)  # or XLA turns the dot around again to spare the transpose
-        return jnp.moveaxis(y, range(w.ndim - in_dims), range(rows, rows + w.ndim - in_dims))
+        return jnp.moveaxis(y, range(outs), range(rows, rows + outs))
 
-    # XLA:CPU repacks the right operand of a dot on each call, which for a few rows costs more than the dot:
-    # at 8 rows weight_left takes 0.58 of the time of weight_right over SmolLM2's matrices (LOG.md).
-    right = partial(_weight_right, in_dims=in_dims, dtype=dtype)
-    return jax.lax.platform_dependent(x, w, cpu=weight_left, default=right)
-
-
-def _precision(w: Array):
-    return HIGHEST if w.dtype == jnp.float32 else None
-
-
-def _weight_right(x: Array, w: Array, in_dims: int, dtype) -> Array:
-    contract = tuple(range(x.ndim - in_dims, x.ndim)), tuple(range(w.ndim - in_dims, w.ndim))
-    return jax.lax.dot_general(x.astype(w.dtype), w, (contract, ((), ())), _precision(w), dtype)
+    # XLA:CPU repacks the right operand of a dot on each call, or transposes it first: over SmolLM2's matrices the
+    # weight on the left takes 0.58 of the time at 8 rows, a prefill of 64 half (LOG.md).
+    if math.prod(x.shape[:rows]) > LEFT_ROWS:
+        return weight_right(x, w)
+    return jax.lax.platform_dependent(x, w, cpu=weight_left, default=weight_right)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _rounded(x: Array, w: Array, in_dims: int, dtype) -> Array:
-    """`_weight_right` of float32 rows; its gradients too are products in w's dtype, which autodiff would widen."""
-    return _weight_right(x, w, in_dims, dtype)
+    """`_product` of float32 rows; its gradients too are products in w's dtype, which autodiff would widen."""
+    return _product(x, w, in_dims, dtype)
 
 
 def _rounded_forward(x, w, in_dims, dtype):
     x = x.astype(w.dtype)
-    return _weight_right(x, w, in_dims, dtype), (x, w)
+    return _product(x, w, in_dims, dtype), (x, w)
 
 
 def _rounded_backward(in_dims, dtype, saved, y_bar):

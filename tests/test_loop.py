@@ -283,6 +283,21 @@ def test_the_loop_copies_no_cache(tiny, name, dtype, batch):
     assert dtype == "float32" or "f32" + of_a_cache not in hlo
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_prefill_copies_no_cache(tiny, dtype, batch):
+    cfg, params = tiny
+    params = jax.tree.map(lambda a: a.astype(dtype), params)
+    state = init_state(
+        cfg, TREE_SETS["root"], [[1, 2]] * batch, DecodeConfig(max_new_tokens=9), (), slots=256, dtype=dtype
+    )
+    chunk = partial(loop.prefill_chunk, cfg=cfg, chunk=64, dtype=state.activations)
+    one = lambda i, cache: chunk(params, cache, state.tokens, 64 * i)
+    hlo = jax.jit(lambda cache: jax.lax.fori_loop(0, 3, one, cache)).lower(state.cache).compile().as_text()
+    shape = (batch, cfg.kv_heads, 256, cfg.head_dim)
+    assert f"[{','.join(map(str, shape))}]" in hlo and cache_copies(hlo, shape) == []
+
+
 @pytest.mark.parametrize("name", ["root", "chain4"])
 def test_bfloat16_weights_are_read_as_they_are(tiny, name):
     cfg, params = tiny

@@ -149,7 +149,10 @@ def prefill_chunk(
     positions = jnp.broadcast_to(start + jnp.arange(chunk), part.shape)
     starts = jnp.full(B, start, jnp.int32)
     _, new = forward(params, cfg, part, positions, None, cache.replace(length=starts), dtype=dtype)
-    return write_cache(cache, new, starts)
+    # Slots that hang on the last layer's values (no number differs from itself) tell XLA that the pass has read the
+    # cache to its end before they are written; or it copies every layer's cache.
+    after = new[-1][1][:, 0, 0, 0]
+    return write_cache(cache, new, starts + (after != after).astype(jnp.int32))
 
 
 def prefill(params: Params, state: DecodeState, *, cfg: ModelConfig, chunk: int) -> DecodeState:
