@@ -38,6 +38,7 @@ from msn_jax.io.tokenizer import end_ids, from_folder
 from msn_jax.lora import merge, save_adapter
 from msn_jax.model import declare
 from msn_jax.report import check_plot, plot_metrics
+from msn_jax.rows import read_rows
 from msn_jax.shapes import SHAPES
 from msn_jax.sharding import check_batch, make_mesh, mesh_sizes, start_processes
 
@@ -86,7 +87,7 @@ def start_model(run: RunConfig) -> tuple[ModelConfig, object, tuple[int, ...], o
     if run_dir.has_begun(run.train.out):
         tokenizer, _ = from_folder(run_dir.local_files(run.train.out))
     else:
-        rows = itertools.chain.from_iterable(map(data.read_rows, run.data.sources))
+        rows = itertools.chain.from_iterable(map(read_rows, run.data.sources))
         tokenizer = data.train_tokenizer(rows, cfg.vocab_size)
     return cfg, tokenizer, tuple(sorted(end_ids(tokenizer))), None
 

@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from msn_jax import DecodeConfig, InputError, load
 from msn_jax.config import DataSource
-from msn_jax.data import Unusable, read_rows, to_messages
 from msn_jax.decode.generate import encode, generate_batches
+from msn_jax.rows import Unusable, read_rows, to_messages
 
 
 def prompts_of(path: str, seed: int) -> list[list[dict]]:

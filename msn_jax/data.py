@@ -1,4 +1,4 @@
-"""Rows of any supported form -> tokens and response mask -> packed batches that resume exactly.
+"""Rows -> tokens and response mask -> packed batches that resume exactly.
 
 Three stages: `load_examples` reads and encodes every source once (cached on disk), `batches` walks an endless,
 shuffled, packed stream of them, and `held_out_batches` packs what was kept for evaluation.
@@ -6,27 +6,16 @@ shuffled, packed stream of them, and `held_out_batches` packs what was kept for 
 
 from __future__ import annotations
 
-import ast
 import collections
 import dataclasses
-import glob
-import gzip
 import hashlib
 import itertools
-import json
-import os
-import sys
-import sysconfig
-import textwrap
-import tokenize
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import grain
-import huggingface_hub
 import jinja2
 import numpy as np
 from datasets.exceptions import DatasetGenerationError
@@ -35,20 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from msn_jax.config import DataConfig, DataSource, InputError, first_line
-
-ACCEPTED = "a .jsonl, .jsonl.gz or .parquet file, a hub id (org/name or org/name:subset), or stdlib"
-STDLIB = "stdlib"
-_JSONL, _PARQUET = (".jsonl", ".jsonl.gz"), (".parquet",)
-# Folders of the standard library without functions that teach anything: tests, tables, other people's packages.
-_NOISE = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data"}
-
-# Keys of a prompt (the first one marks the form, the others may be absent) -> keys of its reply.
-_FORMS = {
-    ("instruction", "context", "input"): ("response", "output"),
-    ("prompt",): ("completion", "canonical_solution"),
-    ("question",): ("answer",),
-}
-_KEYS = "messages, or " + ", or ".join(f"{'/'.join(prompt)} and {'/'.join(reply)}" for prompt, reply in _FORMS.items())
+from msn_jax.rows import KEYS, Unusable, content_id, read_rows, silence, to_messages
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -64,165 +40,6 @@ _CACHED = datasets.Features(
     response=datasets.List(datasets.Value("bool")),
     skipped=datasets.Value("string"),  # why the row cannot be used; empty where it can
 )
-
-
-class Unusable(Exception):
-    """A row that cannot be trained on. The message is the reason it is counted under."""
-
-
-def read_rows(source: DataSource) -> Iterator[dict[str, Any]]:
-    """The rows of a source, in their order; see ACCEPTED for what its path may be.
-
-    Raises InputError where nothing can be read, naming the line of a JSONL file that is not a JSON object.
-    """
-    if source.path == STDLIB:
-        rows = _stdlib_rows()
-    elif _is_hub_id(source.path):
-        rows = iter(_from_hub(source))
-    else:
-        rows = _file_rows(source.path)
-    first = next(rows, None)
-    if first is None:
-        raise InputError(f"{source.path}: there are no rows in it")
-    yield first
-    yield from rows
-
-
-def _is_hub_id(path: str) -> bool:
-    named_as_file = path.endswith(_JSONL + _PARQUET) or path[:1] in tuple("./~")
-    return path.count("/") == 1 and not named_as_file and not Path(path).exists()
-
-
-def _from_hub(source: DataSource) -> datasets.Dataset:
-    _silence()
-    try:
-        name, _, subset = source.path.partition(":")
-        return datasets.load_dataset(name, subset or None, split=source.split)
-    except Exception as e:  # whatever the network, the hub or the reader of the set runs into
-        raise InputError(f"{source.path}: no such file, and as a hub id: {first_line(e)}") from None
-
-
-def _file_rows(path: str) -> Iterator[dict[str, Any]]:
-    if not path.endswith(_JSONL + _PARQUET) or not Path(path).is_file():
-        kind = "a directory" if Path(path).is_dir() else "not of a known kind" if Path(path).exists() else "missing"
-        raise InputError(f"data source {path!r} is {kind}; accepted: {ACCEPTED}")
-    try:
-        yield from _json_rows(path) if path.endswith(_JSONL) else _parquet_rows(path)
-    except InputError:
-        raise
-    except Exception as e:  # gzip, Arrow and Unicode each raise their own
-        raise InputError(f"{path}: cannot be read ({first_line(e)})") from None
-
-
-def _parquet_rows(path: str) -> Iterator[dict[str, Any]]:
-    _silence()
-    return iter(datasets.load_dataset("parquet", data_files=[glob.escape(path)], split="train", streaming=True))
-
-
-def _json_rows(path: str) -> Iterator[dict[str, Any]]:
-    # Not the JSON loader of `datasets` (5.2): it makes dates of text, guesses one type for all rows of a column (so
-    # that one odd row costs the file), takes some rows for agent traces, and does not name the line.
-    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as e:
-                raise InputError(f"{path}, line {number}: not valid JSON ({first_line(e)})") from None
-            if not isinstance(row, dict):
-                raise InputError(f"{path}, line {number}: a {type(row).__name__}; accepted: a JSON object")
-            yield row
-
-
-def _silence() -> None:
-    """Errors come back as InputError; what the libraries print beside them is noise. Process-wide."""
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    huggingface_hub.logging.set_verbosity_error()
-
-
-def _stdlib_rows() -> Iterator[dict[str, str]]:
-    """Functions of the running Python's standard library: signature and docstring -> source without docstring."""
-    seen = set()
-    for folder, folders, files in os.walk(sysconfig.get_path("stdlib")):
-        folders[:] = sorted(set(folders) - _NOISE)
-        for file in sorted(files):
-            for row in _functions(Path(folder, file)) if file.endswith(".py") else ():
-                if row["response"] not in seen:  # copies would end up in both train and held-out
-                    seen.add(row["response"])
-                    yield row
-
-
-def _functions(path: Path) -> Iterator[dict[str, str]]:
-    with tokenize.open(path) as file:  # honours a coding comment
-        text = file.read()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of invalid escapes in somebody else's source
-        tree = ast.parse(text)
-    lines = text.split("\n")  # not splitlines: a form feed does not end a line for ast
-    blocks = [tree.body]
-    while blocks:
-        for node in blocks.pop(0):
-            if isinstance(node, ast.ClassDef | ast.If | ast.Try):
-                blocks.append(node.body)
-            # A nested function is left out: it is part of the row of the function around it.
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and len(node.body) > 1:
-                doc, rest = node.body[:2]
-                if ast.get_docstring(node) and node.lineno < doc.lineno and doc.end_lineno < rest.lineno:
-                    signature = lines[node.lineno - 1 : doc.lineno - 1]
-                    docstring = lines[doc.lineno - 1 : doc.end_lineno]
-                    body = itertools.dropwhile(lambda line: not line.strip(), lines[doc.end_lineno : node.end_lineno])
-                    yield {
-                        "instruction": textwrap.dedent("\n".join(signature + docstring)),
-                        "response": textwrap.dedent("\n".join([*signature, *body])),
-                    }
-
-
-def to_messages(row: dict[str, Any]) -> list[dict[str, str]]:
-    """The conversation in a row: its `messages`, or one prompt and its reply (see _FORMS).
-
-    Raises Unusable: unknown keys, not text, no response, empty prompt.
-    """
-    if row.get("messages") is not None:
-        messages = row["messages"]
-        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-            raise Unusable("not text")
-        messages = [{"role": _text(m.get("role")), "content": _text(m.get("content"))} for m in messages]
-    else:
-        prompt_keys, reply_keys = _form(row)
-        prompt = [text for key in prompt_keys if (text := _text(row.get(key))).strip()]
-        reply = [text for key in reply_keys if (text := _text(row.get(key))).strip()]
-        messages = [
-            {"role": "user", "content": "\n\n".join(prompt)},
-            {"role": "assistant", "content": reply[0] if reply else ""},
-        ]
-    replies = [m["content"].strip() for m in messages if m["role"] == "assistant"]
-    if not replies or not all(replies):
-        raise Unusable("no response")
-    before = itertools.takewhile(lambda m: m["role"] != "assistant", messages)
-    if not any(m["content"].strip() for m in before):
-        raise Unusable("empty prompt")
-    return messages
-
-
-def _form(row: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    for form in _FORMS.items():
-        if row.get(form[0][0]) is not None:
-            return form
-    raise Unusable("unknown keys")
-
-
-def _text(value: Any) -> str:
-    if value is None:  # Arrow fills the keys that a row lacks
-        return ""
-    if not isinstance(value, str):
-        raise Unusable("not text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:  # half of a surrogate pair, as JSON can spell it
-        raise Unusable("not text") from None
-    return value
 
 
 def apply_template(tokenizer: PreTrainedTokenizerBase, setting: str | None) -> PreTrainedTokenizerBase:
@@ -448,7 +265,7 @@ def _encode_source(
 
     # Tokenising makes about 900 rows/s of Dolly on one core, so the Arrow file that this writes is worth keeping.
     fingerprint = _fingerprint(source, tokenizer, stop_ids, max_tokens)
-    _silence()
+    silence()
     try:
         table = datasets.Dataset.from_generator(encode, features=_CACHED, fingerprint=fingerprint)
     except (DatasetGenerationError, OSError) as e:
@@ -459,7 +276,7 @@ def _encode_source(
     skipped = collections.Counter(reason for reason in table["skipped"] if reason)
     if len(table) == skipped.total():
         reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.most_common())
-        raise InputError(f"{source.path}: none of its {len(table)} rows can be used ({reasons}); accepted: {_KEYS}")
+        raise InputError(f"{source.path}: none of its {len(table)} rows can be used ({reasons}); accepted: {KEYS}")
     tokens, response = (_flat(table.data.column(name)) for name in ("tokens", "response"))
     lengths = np.concatenate([part.value_lengths().to_numpy() for part in table.data.column("tokens").chunks])
     return Examples(tokens, response, np.cumsum(lengths[lengths > 0], dtype=np.int64)), dict(skipped)
@@ -471,19 +288,10 @@ def _flat(column) -> np.ndarray:
 
 def _fingerprint(source: DataSource, tokenizer, stop_ids: list[int], max_tokens: int) -> str:
     """A name for the encoded rows that changes with everything they depend on."""
-    if source.path == STDLIB:
-        content = f"{STDLIB} {sys.version}"
-    elif _is_hub_id(source.path):
-        content = str(_from_hub(source).cache_files)  # their path holds the revision
-    elif Path(source.path).is_file():
-        with open(source.path, "rb") as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()
-    else:
-        content = ""  # read_rows says what is wrong with it
-    code = Path(__file__).read_text(encoding="utf-8")
+    code = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("rows.py", "data.py")]
     special = sorted(tokenizer.special_tokens_map.items())
     vocabulary = tokenizer.backend_tokenizer.to_str()
-    parts = (content, vocabulary, special, tokenizer.chat_template, stop_ids, max_tokens, code)
+    parts = (content_id(source), vocabulary, special, tokenizer.chat_template, stop_ids, max_tokens, code)
     return hashlib.sha256(repr(parts).encode("utf-8")).hexdigest()[:32]
 
 

@@ -15,6 +15,7 @@ from tokenizers import processors
 from msn_jax import InputError, data
 from msn_jax.config import DataConfig, DataSource
 from msn_jax.io.tokenizer import encode_chat, from_folder
+from msn_jax.rows import Unusable, read_rows, to_messages
 
 NAMES = ("tokens", "segment_ids", "positions", "response")
 END = 2  # <|im_end|> of a trained tokenizer
@@ -79,12 +80,12 @@ def assert_same(ours, theirs):
     ],
 )
 def test_a_row_with_one_turn(row, prompt, reply):
-    assert data.to_messages(row) == messages(("user", prompt), ("assistant", reply))
+    assert to_messages(row) == messages(("user", prompt), ("assistant", reply))
 
 
 def test_a_row_of_messages_keeps_role_and_content():
     row = {"messages": [{"role": "system", "content": "Be brief.", "name": None}, *messages(*CONVERSATION)]}
-    assert data.to_messages(row) == messages(("system", "Be brief."), *CONVERSATION)
+    assert to_messages(row) == messages(("system", "Be brief."), *CONVERSATION)
 
 
 @pytest.mark.parametrize(
@@ -108,8 +109,8 @@ def test_a_row_of_messages_keeps_role_and_content():
     ],
 )
 def test_a_row_that_cannot_be_used_gives_a_reason(row, reason):
-    with pytest.raises(data.Unusable) as e:
-        data.to_messages(row)
+    with pytest.raises(Unusable) as e:
+        to_messages(row)
     assert str(e.value) == reason
 
 
@@ -176,7 +177,7 @@ def test_plain_template(bytewise):
 )
 def test_a_template_that_cannot_mark_replies_gives_a_reason(bytewise, template, reason):
     bytewise.chat_template = template
-    with pytest.raises(data.Unusable, match=reason):
+    with pytest.raises(Unusable, match=reason):
         data.encode_example(bytewise, messages(*CONVERSATION))
 
 
@@ -214,7 +215,7 @@ def test_all_readable_kinds_give_the_same_rows(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes(), mtime=0))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a[2].parquet")
     for path in (plain, tmp_path / "a.jsonl.gz", tmp_path / "a[2].parquet"):
-        assert list(data.read_rows(DataSource(path=str(path)))) == rows
+        assert list(read_rows(DataSource(path=str(path)))) == rows
 
 
 @pytest.mark.parametrize(
@@ -254,14 +255,14 @@ def test_an_unknown_hub_id_gives_one_line(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(InputError, match=r"nobody/nothing: no such file, and as a hub id: Couldn't reach the Hub$"):
-        list(data.read_rows(DataSource(path="nobody/nothing")))
+        list(read_rows(DataSource(path="nobody/nothing")))
 
 
 def test_a_hub_id_may_name_a_subset(monkeypatch):
     calls = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: calls.append((args, kwargs)) or [{"a": 1}])
-    assert list(data.read_rows(DataSource(path="openai/gsm8k:main", split="test"))) == [{"a": 1}]
-    assert list(data.read_rows(DataSource(path="org/name"))) == [{"a": 1}]
+    assert list(read_rows(DataSource(path="openai/gsm8k:main", split="test"))) == [{"a": 1}]
+    assert list(read_rows(DataSource(path="org/name"))) == [{"a": 1}]
     assert calls == [(("openai/gsm8k", "main"), {"split": "test"}), (("org/name", None), {"split": "train"})]
 
 
@@ -274,9 +275,9 @@ def test_a_cache_that_cannot_be_written_gives_one_line(bytewise, tmp_path, monke
 
 def test_the_standard_library_teaches_functions():
     source = DataSource(path="stdlib")
-    rows = list(data.read_rows(source))
+    rows = list(read_rows(source))
     assert len(rows) > 3000
-    assert rows[:200] == list(itertools.islice(data.read_rows(source), 200))
+    assert rows[:200] == list(itertools.islice(read_rows(source), 200))
     [row] = [row for row in rows if row["instruction"].startswith("def shuffle(self, x):")]
     assert row["instruction"] == 'def shuffle(self, x):\n    """Shuffle list x in place, and return None."""'
     assert row["response"].startswith("def shuffle(self, x):\n    randbelow = self._randbelow\n")
@@ -322,7 +323,7 @@ def test_skipped_rows_are_counted_by_reason(bytewise, tmp_path):
     assert data.longest_response(corpus) == 3
     np.testing.assert_array_equal(
         corpus.train[str(path)][1]["tokens"],
-        data.encode_example(bytewise, data.to_messages(rows[0] | {"prompt": "so", "completion": "!"}))[0],
+        data.encode_example(bytewise, to_messages(rows[0] | {"prompt": "so", "completion": "!"}))[0],
     )
 
 

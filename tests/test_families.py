@@ -13,11 +13,12 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 import msn_jax
-from msn_jax import InputError, ModelConfig, model, train_step, unembed
+from msn_jax import InputError, model, train_step, unembed
 from msn_jax.config import LINEAR_MAPS, LoraConfig, TrainConfig
 from msn_jax.decode import tree_set
 from msn_jax.io import hf
 from msn_jax.io.export import export_hf, hf_config
+from msn_jax.io.model_config import config_from_hf
 from msn_jax.lora import init_adapter, merge
 from msn_jax.model import declare, init_cache, parameter_count, stack_layers, write_cache
 from msn_jax.shapes import SHAPES
@@ -175,7 +176,7 @@ def test_configs_survive_the_round_trip(golden):
     cfgs += [dataclasses.replace(cfg, sliding_window=None) for cfg in cfgs]
     cfgs += [dataclasses.replace(SHAPES["qwen3-0.6b"], qkv_bias=True, o_bias=True)]
     for cfg in cfgs:
-        assert ModelConfig.from_hf(json.loads(json.dumps(hf_config(cfg)))) == cfg
+        assert config_from_hf(json.loads(json.dumps(hf_config(cfg)))) == cfg
     types = {name: hf_config(golden[name][0])["model_type"] for name in NEIGHBOURS}
     assert types == {name: name.removesuffix("_bias") for name in NEIGHBOURS}
 
@@ -220,15 +221,15 @@ def config_of(name, **changes):
 )
 def test_an_unsupported_field_of_a_family_is_refused_by_name(name, changes, named):
     with pytest.raises(InputError, match=named):
-        ModelConfig.from_hf(config_of(name, **changes))
+        config_from_hf(config_of(name, **changes))
 
 
 def test_windows_of_qwen_need_their_flag():
     plain = {"layer_types": None, "use_sliding_window": False}
-    assert ModelConfig.from_hf(config_of("qwen2", **plain)).sliding_window is None
-    assert ModelConfig.from_hf(config_of("qwen2", layer_types=None)).sliding_window == 8
+    assert config_from_hf(config_of("qwen2", **plain)).sliding_window is None
+    assert config_from_hf(config_of("qwen2", layer_types=None)).sliding_window == 8
     full = {"layer_types": None, "max_window_layers": 2}
-    assert ModelConfig.from_hf(config_of("qwen2", **full)).sliding_window is None
+    assert config_from_hf(config_of("qwen2", **full)).sliding_window is None
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ import pytest
 from conftest import GOLDENS
 from safetensors.numpy import load_file, save_file
 
-from msn_jax import InputError, ModelConfig, load
+from msn_jax import InputError, load
 from msn_jax.io import gguf, hf, tokenizer
 from msn_jax.io.checkpoint import resolve
+from msn_jax.io.model_config import config_from_gguf
 from msn_jax.io.tokenizer import TextStream, decode, encode_chat
 
 
@@ -109,7 +110,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
 
 def test_gguf_and_its_unsupported_fields(smollm2):
     meta = gguf.GGUFSource(resolve("smollm2-135m-instruct")).meta
-    assert ModelConfig.from_gguf(meta, 49152, True) == smollm2.cfg
+    assert config_from_gguf(meta, 49152, True) == smollm2.cfg
     for field, value, named in (
         ("general.architecture", "gpt2", "architecture 'gpt2'"),
         ("llama.expert_count", 8, "expert_count = 8"),
@@ -117,8 +118,8 @@ def test_gguf_and_its_unsupported_fields(smollm2):
     ):
         changed = {**meta, "llama.rope.scaling.factor": 2.0, field: value}
         with pytest.raises(InputError, match=named):
-            ModelConfig.from_gguf(changed, 49152, True)
-    linear = ModelConfig.from_gguf({**meta, "llama.rope.scale_linear": 4.0}, 49152, True).rope_scaling
+            config_from_gguf(changed, 49152, True)
+    linear = config_from_gguf({**meta, "llama.rope.scale_linear": 4.0}, 49152, True).rope_scaling
     assert (linear.kind, linear.factor) == ("linear", 4.0)
     with pytest.raises(InputError, match="pre-tokenizer 'viking'"):
         tokenizer.from_gguf({**meta, "tokenizer.ggml.pre": "viking"})

@@ -7,8 +7,9 @@ import pytest
 from conftest import GOLDENS
 
 import msn_jax
-from msn_jax import InputError, ModelConfig, unembed
+from msn_jax import InputError, unembed
 from msn_jax.io import hf
+from msn_jax.io.model_config import config_from_hf
 from msn_jax.linear import linear
 from msn_jax.model import init_cache, rope_frequencies, write_cache
 
@@ -146,18 +147,18 @@ def hf_config(**changes):
 )
 def test_an_unsupported_field_is_refused_by_name(changes, named):
     with pytest.raises(InputError, match=named.replace("(", r"\(")):
-        ModelConfig.from_hf(hf_config(**changes))
+        config_from_hf(hf_config(**changes))
 
 
 def test_a_missing_field_is_named():
     config = hf_config()
     del config["hidden_size"]
     with pytest.raises(InputError, match="'hidden_size' is missing"):
-        ModelConfig.from_hf(config)
+        config_from_hf(config)
 
 
 def test_llama3_scaling_keeps_short_and_stretches_long_wavelengths():
-    cfg = ModelConfig.from_hf(
+    cfg = config_from_hf(
         hf_config(
             rope_parameters={
                 "rope_type": "llama3",

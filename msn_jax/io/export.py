@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from msn_jax.config import InputError, ModelConfig, first_line
 from msn_jax.io.hf import TOP_NAMES, layer_names, part_shapes, read_json, tensors
+from msn_jax.io.model_config import config_from_hf
 from msn_jax.model import Params
 
 _ARCHITECTURES = {
@@ -31,7 +32,7 @@ _MARK = {"exported_by": "msn_jax"}  # in config.json: what `export_hf` may repla
 
 
 def hf_config(cfg: ModelConfig, stop_ids: Iterable[int] = ()) -> dict[str, Any]:
-    """The config.json of a model: the inverse of ModelConfig.from_hf.
+    """The config.json of a model: the inverse of config_from_hf.
 
     The model type is the plainest that computes it: a Mistral without a window is written as a llama, which it is.
     Rope is written twice, since transformers 5 reads `rope_parameters` and transformers 4 the two others.
@@ -81,7 +82,7 @@ def hf_config(cfg: ModelConfig, stop_ids: Iterable[int] = ()) -> dict[str, Any]:
         config |= {"sliding_window": cfg.sliding_window}
     if family == "qwen3":
         config |= {"attention_bias": cfg.o_bias}
-    if (read := ModelConfig.from_hf(config)) != cfg:
+    if (read := config_from_hf(config)) != cfg:
         wrong = [f.name for f in dataclasses.fields(cfg) if getattr(read, f.name) != getattr(cfg, f.name)]
         raise InputError(f"no Hugging Face model type has this combination: a {family} with another {', '.join(wrong)}")
     return config

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFReader, dequantize
 
-from msn_jax.config import InputError, ModelConfig
+from msn_jax.config import InputError
+from msn_jax.io.model_config import config_from_gguf
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {
@@ -71,7 +72,7 @@ class GGUFSource:
         if self._pairs and ROPE_FACTORS in self.shapes:
             factors = self._dequantized(ROPE_FACTORS).tolist()
             del self.shapes[ROPE_FACTORS]
-        self.config = ModelConfig.from_gguf(
+        self.config = config_from_gguf(
             self.meta, self.shapes["model.embed_tokens.weight"][0], "lm_head.weight" not in self.shapes, factors
         )
         for name in self.shapes:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
 from msn_jax.config import InputError, ModelConfig
+from msn_jax.io.model_config import config_from_hf
 from msn_jax.model import ArraySpec, Layer, Params, declare
 from msn_jax.sharding import sharding
 
@@ -215,7 +216,7 @@ def read_json(path: Path) -> dict:
 
 def read_config(folder: Path) -> ModelConfig:
     """The ModelConfig of a Hugging Face directory."""
-    return ModelConfig.from_hf(read_json(folder / "config.json"))
+    return config_from_hf(read_json(folder / "config.json"))
 
 
 def stop_ids(folder: Path) -> set[int]:

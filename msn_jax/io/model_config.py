@@ -1,0 +1,216 @@
+"""What config.json or the metadata of a GGUF file say of a model, as a ModelConfig; the rest is refused by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from msn_jax.config import FAMILIES, InputError, ModelConfig, RopeScaling
+
+# Fields of config.json and the values that this model computes; the first is what a missing field stands for.
+_ONLY = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "partial_rotary_factor": (1.0, None),
+    "pretraining_tp": (1, None),
+    "quantization_config": (None,),
+}
+_ONLY_OF = {
+    "llama": {"attention_bias": (False, True, None), "mlp_bias": (False, True, None), "sliding_window": (None,)},
+    "mistral": {},
+    "qwen2": {"attention_bias": (True, None)},
+    "qwen3": {"attention_bias": (False, True, None)},
+    "starcoder2": {
+        "hidden_act": ("gelu_pytorch_tanh",),
+        "activation_function": ("gelu_pytorch_tanh", None),
+        "norm_type": ("layer_norm",),
+        "mlp_type": ("default",),
+        "use_bias": (True, False),
+        "scale_attn_weights": (True,),
+    },
+}
+
+
+def config_from_gguf(
+    meta: dict[str, Any],
+    vocab_size: int,
+    tie_embeddings: bool,
+    rope_factors: Sequence[float] | None = None,
+) -> ModelConfig:
+    """Read the metadata of a GGUF file (its `general.*` and, of a llama, `llama.*` fields).
+
+    rope_factors: what the tensor rope_freqs.weight divides each frequency by, where the file has one.
+    Raises InputError for another architecture or a field whose value this model does not compute.
+    """
+    arch, where = meta.get("general.architecture"), "GGUF"
+    if arch not in (known := ("llama", "qwen2", "qwen3", "starcoder2")):
+        raise InputError(f"GGUF architecture {arch!r} is not supported; accepted: {', '.join(known)}")
+    get = lambda name, default=None: meta.get(f"{arch}.{name}", default)
+    for field in ("expert_count", "attention.sliding_window_pattern", "attn_logit_softcapping", "logit_scale"):
+        if get(field):
+            raise InputError(f"GGUF field {arch}.{field} = {get(field)} is not supported; accepted: none")
+    number = lambda name, default=None: _number(where, meta, f"{arch}.{name}", default)
+    heads, embed = number("attention.head_count"), number("embedding_length")
+    head_dim = number("attention.key_length", embed // heads)
+    if get("rope.dimension_count", head_dim) != head_dim or get("attention.value_length", head_dim) != head_dim:
+        raise InputError(f"GGUF: rope or value dimensions other than the head's {head_dim} are not supported")
+    theta = number("rope.freq_base", 10000.0)
+    scaling = _rope_from_gguf(get)
+    if rope_factors is not None:
+        if scaling is not None:
+            raise InputError("GGUF: both rope scaling fields and rope_freqs.weight; accepted: one of them")
+        scaling = _llama3_from_factors(rope_factors, theta, get("rope.scaling.original_context_length", 8192))
+    return ModelConfig(
+        vocab_size=vocab_size,
+        embed=embed,
+        layers=number("block_count"),
+        heads=heads,
+        kv_heads=number("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        mlp=number("feed_forward_length"),
+        max_position=number("context_length"),
+        norm_eps=number("attention.layer_norm_epsilon" if arch == "starcoder2" else "attention.layer_norm_rms_epsilon"),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tie_embeddings=tie_embeddings,
+        sliding_window=get("attention.sliding_window") or None,
+        **FAMILIES[arch],
+    )
+
+
+def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
+    """Read a Hugging Face `config.json`.
+
+    Raises InputError for a field whose value this model does not compute.
+    """
+    family = hf.get("model_type")
+    if family not in FAMILIES:
+        raise InputError(f"config.json: model_type {family!r} is not supported; accepted: {', '.join(FAMILIES)}")
+    for field, accepted in (_ONLY | _ONLY_OF[family]).items():
+        if hf.get(field, accepted[0]) not in accepted:
+            names = " or ".join(map(repr, accepted))
+            raise InputError(f"config.json: {field} = {hf[field]!r} is not supported; accepted: {names}")
+    number = lambda name, default=None: _number("config.json", hf, name, default)
+    heads, embed = number("num_attention_heads"), number("hidden_size")
+    max_position = number("max_position_embeddings")
+    theta, scaling = _rope_from_hf(hf, max_position)
+    # Where a field is not there, transformers has a default of its own for each family: none of them is guessed,
+    # but for LLaMA's, which older files leave out.
+    llama = family == "llama"
+    bias = hf.get("use_bias", True) if family == "starcoder2" else hf.get("attention_bias") or False
+    biases = {
+        "qkv_bias": family == "qwen2" or bias,
+        "o_bias": family != "qwen2" and bias,
+        "mlp_bias": bias if family == "starcoder2" else hf.get("mlp_bias") or False,
+    }
+    return ModelConfig(
+        vocab_size=number("vocab_size"),
+        embed=embed,
+        layers=number("num_hidden_layers"),
+        heads=heads,
+        kv_heads=number("num_key_value_heads", heads if llama else None),
+        head_dim=number("head_dim", None if family == "qwen3" else embed // heads),
+        mlp=number("intermediate_size"),
+        max_position=max_position,
+        norm_eps=number("norm_epsilon" if family == "starcoder2" else "rms_norm_eps"),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tie_embeddings=hf.get("tie_word_embeddings", family == "starcoder2"),
+        sliding_window=_window_from_hf(hf, family),
+        **FAMILIES[family] | biases,
+    )
+
+
+def _number(where: str, source: dict[str, Any], name: str, default: float | None = None) -> Any:
+    """A positive number; null is as good as nothing. Raises InputError naming the field."""
+    value = default if source.get(name) is None else source[name]
+    if value is None:
+        raise InputError(f"{where}: the field {name!r} is missing")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise InputError(f"{where}: {name} = {value!r} is not possible; accepted: a positive number")
+    return value
+
+
+def _window_from_hf(hf: dict[str, Any], family: str) -> int | None:
+    # Qwen turns it on by a flag, for the layers from `max_window_layers` on; newer files list every layer's kind.
+    if family in ("qwen2", "qwen3"):
+        if hf.get("use_sliding_window", False) not in (False, True):
+            raise InputError(f"config.json: use_sliding_window = {hf['use_sliding_window']!r}; accepted: true or false")
+        layers = _number("config.json", hf, "num_hidden_layers")
+        windowed = hf.get("use_sliding_window", False) and hf.get("sliding_window") is not None
+        kinds = hf.get("layer_types")
+        if kinds is None:
+            full = hf.get("max_window_layers", 28) if windowed else layers
+            kinds = ["full_attention" if i < full else "sliding_attention" for i in range(layers)]
+            named = f"max_window_layers = {full}"
+        else:
+            named = "layer_types"
+        if kinds == ["full_attention"] * layers:
+            return None
+        if kinds != ["sliding_attention"] * layers or not windowed:
+            raise InputError(
+                f"config.json: {named} is not supported with use_sliding_window = {hf.get('use_sliding_window')!r}; "
+                "accepted: one kind of attention in all layers"
+            )
+    elif hf.get("layer_types") is not None:
+        raise InputError(f"config.json: layer_types is not supported in a {family}")
+    # transformers gives a Mistral without the field this window.
+    window = hf.get("sliding_window", 4096 if family == "mistral" else None)
+    if window is None:
+        return None
+    return _number("config.json", {"sliding_window": window}, "sliding_window")
+
+
+def _rope_from_hf(hf: dict[str, Any], max_position: int) -> tuple[float, RopeScaling | None]:
+    # transformers 5 writes one `rope_parameters`; older files have `rope_theta` and `rope_scaling`,
+    # the oldest of which call the type `type`.
+    where = "config.json, rope"
+    parts = [hf.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
+    if not all(isinstance(part, dict) for part in parts):
+        raise InputError("config.json: rope_scaling and rope_parameters must be objects")
+    rope = {"rope_theta": hf.get("rope_theta", 10000.0), **parts[0], **parts[1]}
+    scaling = {"low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+    for name in rope.keys() - scaling - {"rope_theta", "rope_type", "type", "factor"}:
+        if (name, rope[name]) != ("partial_rotary_factor", 1.0):
+            raise InputError(f"{where}: {name} = {rope[name]!r} is not supported")
+    theta = _number(where, rope, "rope_theta")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, RopeScaling(kind="linear", factor=_number(where, rope, "factor"))
+    if kind == "llama3":
+        return theta, RopeScaling(
+            kind="llama3",
+            factor=_number(where, rope, "factor"),
+            low_freq_factor=_number(where, rope, "low_freq_factor"),
+            high_freq_factor=_number(where, rope, "high_freq_factor"),
+            original_max_position=_number(where, rope, "original_max_position_embeddings", max_position),
+        )
+    raise InputError(f"config.json: rope type {kind!r} is not supported; accepted: default, linear, llama3")
+
+
+def _rope_from_gguf(get) -> RopeScaling | None:
+    # llama.cpp's defaults: a factor without a type is linear, and 0 is no scaling.
+    kind, factor = get("rope.scaling.type", "linear"), get("rope.scaling.factor", get("rope.scale_linear", 0.0))
+    if kind == "none" or factor in (0.0, 1.0):
+        return None
+    if kind == "linear":
+        return RopeScaling(kind="linear", factor=factor)
+    raise InputError(f"GGUF rope scaling type {kind!r} is not supported; accepted: none, linear")
+
+
+def _llama3_from_factors(factors: Sequence[float], theta: float, original: int) -> RopeScaling:
+    # A GGUF has no fields for the llama3 scaling, but what it comes to, frequency by frequency. The largest is the
+    # factor; the rest tells whether the other three numbers are those of every published model.
+    made = RopeScaling(kind="llama3", factor=float(max(factors)), original_max_position=int(original))
+    plain = [theta ** -(i / len(factors)) for i in range(len(factors))]
+    found = [math.inf if f == 0 else f for f in factors]
+    if any(abs(p / made.scaled(p) - f) > 1e-3 * f for p, f in zip(plain, found)):
+        raise InputError(
+            "GGUF: rope_freqs.weight does not hold the factors of a llama3 scaling; accepted: those of "
+            f"low_freq_factor 1, high_freq_factor 4, original length {original}"
+        )
+    return made
