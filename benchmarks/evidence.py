@@ -2,9 +2,10 @@
 
     python benchmarks/evidence.py --arm paper --seed 0 --data DIR --runs RUNS
 
-Arms are those of evidence.yaml. Each but `untouched` is a normal run of train.py from the same weights, with the same
-rows in the same order; all of it can be cut off and goes on with the same command. The figures go to
-results/ARM-seedS.json; benchmarks/results.py makes RESULTS.md and plots of them.
+Arms are those of evidence.yaml. One with a section of train.py is a normal run of it from the same weights, with the
+same rows in the same order; the others measure the base, alone or with an adapter that is there. All of it can be cut
+off and goes on with the same command. The figures go to results/ARM-seedS.json; benchmarks/results.py makes RESULTS.md
+and plots of them.
 """
 
 from __future__ import annotations
@@ -109,10 +110,10 @@ def train(plan: dict, args: argparse.Namespace, folder: Path) -> dict:
     return {"train": shown | {"rows_sha256": hashes}, "metrics": lines}
 
 
-def measure_speed(plan: dict, methods: str, dtype: str, ckpt: str, data: Path, folder: Path) -> dict:
-    """Figures of spec_bench.py in a dtype: overall, by category, and answer by answer."""
+def measure_speed(plan: dict, methods: str, dtype: str, model: list[str], data: Path, folder: Path) -> dict:
+    """Figures of spec_bench.py in a dtype: overall, by category, and answer by answer. model: its options for that."""
     questions = data / "eval" / "spec_bench.dev.jsonl"
-    spec = ["--ckpt", ckpt, "--questions", questions, "--limit", plan["questions"]]
+    spec = [*model, "--questions", questions, "--limit", plan["questions"]]
     kept = folder / f"spec_{dtype}.jsonl"
     spec += ["--methods", methods, "--dtype", dtype, "--max_new_tokens", plan["max_new_tokens"], "--results", kept]
     measured = json.loads(run("benchmarks/spec_bench.py", *spec))
@@ -152,14 +153,18 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
     result: dict = {"arm": args.arm, "seed": args.seed}
-    ckpt = plan["base"]
+    ckpt, adapter = plan["base"], []
+    if "adapter" in arm:
+        adapter, result["adapter"] = ["--adapter", str(ROOT / arm["adapter"])], arm["adapter"]
     if SECTIONS & arm.keys():
         result |= train(plan, args, folder)
         ckpt = str(folder / "run")
     data = args.data.resolve()
-    methods = arm.get("methods", plan["methods"])
-    result["speed"] = {d: measure_speed(plan, m, d, ckpt, data, folder) for d, m in methods.items()}
-    if not arm.get("lora", {}).get("draft_only"):  # or its replies are those of the base, and so is its quality
+    methods = arm.get("methods", plan["repeat_methods" if args.seed else "methods"])
+    model = ["--ckpt", ckpt, *adapter]
+    result["speed"] = {d: measure_speed(plan, m, d, model, data, folder) for d, m in methods.items()}
+    # With a draft-only adapter replies are those of the base, and so is their quality.
+    if not (args.seed or adapter or arm.get("lora", {}).get("draft_only")):
         result |= measure_tasks(plan, ckpt, data, folder)
 
     # Only now: asking for the device takes it, and the runs above need it. The command is without folders, which differ

@@ -21,8 +21,20 @@ def run_record() -> dict[str, str]:
     return {
         "command": " ".join(["python", *sys.argv]),
         "commit": commit.stdout.strip(),
-        "device": f"{jax.devices()[0].device_kind} x{jax.device_count()}, {os.cpu_count()} cores",
+        "device": f"{jax.devices()[0].device_kind} x{jax.device_count()}, {os.cpu_count()} cores{processor()}",
     }
+
+
+def processor() -> str:
+    """What Linux says of the processor, in brackets: its name and its products of bfloat16; else nothing."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    fields = dict(reversed([[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]))
+    if "model name" not in fields:
+        return ""
+    has = set(fields.get("flags", "").split())
+    fast = [name for name in ("amx_bf16", "avx512_bf16") if name in has]
+    return f" ({', '.join([fields['model name'], *fast])})"
 
 
 def kept_rows(path: Path) -> list:

@@ -46,7 +46,7 @@ def load_results() -> dict[str, dict]:
     found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*-seed*.json"))}
     if not found:
         raise InputError(f"{RESULTS}: no results; benchmarks/evidence.py writes them")
-    order = ("untouched", "plain", *NOISY, "draft")
+    order = ("untouched", "plain", *NOISY, "draft", "shipped")
     rank = lambda result: order.index(result["arm"]) if result["arm"] in order else len(order)
     return dict(sorted(found.items(), key=lambda item: (rank(item[1]), item[1]["seed"])))
 
@@ -130,7 +130,7 @@ def speed_section(results: dict[str, dict]) -> str:
     for name, dtype, speed in speeds(results):
         for method, f in speed["methods"].items():
             sums = by_question(speed, method)
-            mat = "1.00" if method == "ar" else interval(mat_interval(sums)) if sums else "all loop"
+            mat = "1.00" if family_and_tree(method)[0] == "ar" else interval(mat_interval(sums)) if sums else "all loop"
             same = f"{f['identical']} / {f['near_ties']} / {f['different']}"
             rows.append(
                 [name, dtype, method, mat, f"{f['mat']:.2f}", f"{f['rep4_frac']:.2f}", f"{f['ratio_to_ar']:.2f}", same]
@@ -139,14 +139,20 @@ def speed_section(results: dict[str, dict]) -> str:
     return table([*head, "same / near tie / differ"], rows)
 
 
+def family_and_tree(method: str) -> tuple[str, str]:
+    """Of METHOD[:TREE][@BATCH]; "" without a tree."""
+    family, _, tree = method.partition("@")[0].partition(":")
+    return family, tree
+
+
 def measured(speed: dict, family: str) -> str | None:
     """The METHOD:TREE that stands for a method: the first of it that was measured."""
-    return next((method for method in speed["methods"] if method.partition(":")[0] == family), None)
+    return next((method for method in speed["methods"] if family_and_tree(method)[0] == family), None)
 
 
 def without_noise(method: str) -> bool:
     """Whether METHOD:TREE names trees that have no noise nodes, and so leave a draft-only adapter out."""
-    tree = method.partition(":")[2]
+    tree = family_and_tree(method)[1]
     return bool(tree) and not any(t.kind(NOISE).any() for t in TREE_SETS[tree].trees)
 
 
@@ -158,7 +164,8 @@ def against_section(results: dict[str, dict], base: str, arms: list[str]) -> str
         bases = results[base]["speed"].get(dtype, {"methods": {}})
         for method, other in product(speed["methods"], bases["methods"]):
             ours, theirs = by_question(speed, method), by_question(bases, other)
-            if method.partition(":")[0] != other.partition(":")[0] or other.partition(":")[0] not in COMPARED:
+            family = family_and_tree(method)[0]
+            if family not in COMPARED or family != family_and_tree(other)[0]:
                 continue
             if name == base:
                 wanted = without_noise(other) and not without_noise(method)
@@ -170,7 +177,7 @@ def against_section(results: dict[str, dict], base: str, arms: list[str]) -> str
 
 
 def draft_only(result: dict) -> bool:
-    return bool(result.get("train", {}).get("lora", {}).get("draft_only"))
+    return "adapter" in result or bool(result.get("train", {}).get("lora", {}).get("draft_only"))
 
 
 def noisy_share(metrics: list[dict]) -> float:
@@ -325,8 +332,9 @@ def main() -> None:
     text.append("## Speed and acceptance\n")
     questions = plotted(next(iter(results.values())))["methods"]["ar"]["questions"]
     text.append(
-        f"Spec-Bench, {questions} questions over all categories, greedy, batch 1. MAT: tokens a"
-        f" pass. Intervals are 95%. An output loops when it repeats {LOOPS:.0%} of its 4-grams or more; claims rest on"
+        f"Spec-Bench, {questions} questions over all categories, greedy, batch 1 unless METHOD@BATCH says"
+        " otherwise; without :TREE the default trees of that commit. MAT: tokens a pass. Intervals are 95%."
+        f" An output loops when it repeats {LOOPS:.0%} of its 4-grams or more; claims rest on"
         " those that do not. Speed: tokens/s over all questions, against `ar` of the same run, methods in turns. The"
         " last column: outputs that equal those of `ar`, that differ first at a near tie, that differ; in bfloat16"
         " scores are too coarse to promise the same tokens.\n"
@@ -334,8 +342,10 @@ def main() -> None:
     text.append(speed_section(results))
     for base in dict.fromkeys(compared.values()):
         text.append(against_section(results, base, [name for name in compared if compared[name] == base]))
-    for name in (name for name, result in results.items() if result["arm"] == "draft"):
-        text.append("Trees without noise leave a draft-only adapter out, so they are those of the untouched model:\n")
+    for name in (name for name, result in results.items() if draft_only(result)):
+        text.append(
+            f"Of {name}: trees without noise leave the adapter out, so they are those of the untouched model.\n"
+        )
         text.append(against_section(results, name, [name]))
     if "untouched-seed0" in results:
         text.append(against_section(results, "untouched-seed0", [n for n in results if n != "untouched-seed0"]))

@@ -85,6 +85,13 @@ def test_figures_are_those_of_the_arms(written):
         assert (folder / "results" / f"{name}.png").stat().st_size > 5000
 
 
+def test_a_method_names_its_tree_and_its_batch():
+    assert results.family_and_tree("tr-jacobi:small13@4") == ("tr-jacobi", "small13")
+    assert results.family_and_tree("ar@4") == ("ar", "")
+    assert results.without_noise("tr-jacobi:small13@4") and not results.without_noise("tr-jacobi:draft16@4")
+    assert not results.without_noise("tr-jacobi@4")  # its default trees may have noise
+
+
 def test_intervals_cover_what_resampling_gives():
     two = {1: (30, 10), 2: (10, 10)}
     assert results.mat_interval(two) == (2.0, 1.0, 3.0)

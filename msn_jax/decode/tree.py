@@ -239,14 +239,17 @@ _TREES = (
     # For a draft-only adapter: noise under the root and under the drafts most likely to end the accepted path. Found
     # by simulation (benchmarks/tree_search.py, LOG.md).
     branching("draft6", 0, {(): 2}, noise={(): 1, (0,): 1, (1,): 1}),
-    chain(5, EITHER, "draft8", noise={0: 1, 1: 1}),
+    branching("draft8", 0, {(): 3}, noise={(): 1, (0,): 1, (1,): 1, (2,): 1}),
     branching("draft8mix", 2, {(): 2}, noise={(): 1, (0,): 1, (1,): 1}),
+    chain(5, EITHER, "draft8long", noise={0: 1, 1: 1}),
+    chain(13, EITHER, "draft16long", noise={0: 1, 1: 1}),
     branching("draft16", 0, _DRAFT_16, noise=_NOISE_16),
     branching("draft21", 5, _DRAFT_16, noise=_NOISE_16),
 )
 _BY_NAME = {tree.name: tree for tree in _TREES}
+_DRAFT = ("draft8", "draft8mix", "draft8long", "draft16long")
 TREE_SETS: dict[str, TreeSet] = {name: TreeSet(name, (tree,), (0,)) for name, tree in _BY_NAME.items()} | {
-    "draft": TreeSet("draft", tuple(_BY_NAME[name] for name in ("draft6", "draft8mix", "draft8")), (0, 1, 3)),
+    "draft": TreeSet("draft", tuple(_BY_NAME[name] for name in _DRAFT), (0, 1, 3, 5)),
     # Sizes and thresholds from the matches and costs of 40 training prompts (LOG.md), by simulation.
     "adaptive": TreeSet("adaptive", (_ROOT, chain(3, EITHER, "chain4"), chain(7, EITHER, "chain8")), (0, 1, 4)),
 }
