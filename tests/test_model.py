@@ -86,7 +86,7 @@ def test_a_tree_node_sees_its_ancestors_alone(tiny):
         np.testing.assert_allclose(tree[:, index], alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [1, 8, 129])
+@pytest.mark.parametrize("rows", [1, 3, 8, 129])
 def test_linear_contracts_the_last_axes(rows):
     rng = np.random.default_rng(0)
     x, w = rng.standard_normal((2, rows, 3, 4)), rng.standard_normal((5, 6, 3, 4))
@@ -94,7 +94,7 @@ def test_linear_contracts_the_last_axes(rows):
     np.testing.assert_allclose(got, np.einsum("btnh,ofnh->btof", x, w), atol=1e-5)
 
 
-@pytest.mark.parametrize(("batch", "rows"), [(1, 1), (2, 8), (2, 129)])
+@pytest.mark.parametrize(("batch", "rows"), [(1, 1), (1, 13), (2, 8), (2, 129)])
 def test_bfloat16_weights_round_float32_rows_and_their_gradients(batch, rows):
     rng = np.random.default_rng(0)
     x, w, y_bar = (rng.standard_normal(shape) for shape in ((batch, rows, 3, 4), (5, 6, 3, 4), (batch, rows, 5, 6)))
