@@ -20,7 +20,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import yaml
-from spec_bench import LOOPS
+from spec_bench import LOOPS, split_method
 
 from msn_jax import InputError
 from msn_jax.decode.tree import NOISE, TREE_SETS
@@ -130,7 +130,7 @@ def speed_section(results: dict[str, dict]) -> str:
     for name, dtype, speed in speeds(results):
         for method, f in speed["methods"].items():
             sums = by_question(speed, method)
-            mat = "1.00" if family_and_tree(method)[0] == "ar" else interval(mat_interval(sums)) if sums else "all loop"
+            mat = "1.00" if split_method(method)[0] == "ar" else interval(mat_interval(sums)) if sums else "all loop"
             same = f"{f['identical']} / {f['near_ties']} / {f['different']}"
             rows.append(
                 [name, dtype, method, mat, f"{f['mat']:.2f}", f"{f['rep4_frac']:.2f}", f"{f['ratio_to_ar']:.2f}", same]
@@ -139,20 +139,14 @@ def speed_section(results: dict[str, dict]) -> str:
     return table([*head, "same / near tie / differ"], rows)
 
 
-def family_and_tree(method: str) -> tuple[str, str]:
-    """Of METHOD[:TREE][@BATCH]; "" without a tree."""
-    family, _, tree = method.partition("@")[0].partition(":")
-    return family, tree
-
-
 def measured(speed: dict, family: str) -> str | None:
     """The METHOD:TREE that stands for a method: the first of it that was measured."""
-    return next((method for method in speed["methods"] if family_and_tree(method)[0] == family), None)
+    return next((method for method in speed["methods"] if split_method(method)[0] == family), None)
 
 
 def without_noise(method: str) -> bool:
     """Whether METHOD:TREE names trees that have no noise nodes, and so leave a draft-only adapter out."""
-    tree = family_and_tree(method)[1]
+    tree = split_method(method)[1]
     return bool(tree) and not any(t.kind(NOISE).any() for t in TREE_SETS[tree].trees)
 
 
@@ -164,8 +158,8 @@ def against_section(results: dict[str, dict], base: str, arms: list[str]) -> str
         bases = results[base]["speed"].get(dtype, {"methods": {}})
         for method, other in product(speed["methods"], bases["methods"]):
             ours, theirs = by_question(speed, method), by_question(bases, other)
-            family = family_and_tree(method)[0]
-            if family not in COMPARED or family != family_and_tree(other)[0]:
+            family = split_method(method)[0]
+            if family not in COMPARED or family != split_method(other)[0]:
                 continue
             if name == base:
                 wanted = without_noise(other) and not without_noise(method)

@@ -30,9 +30,15 @@ from msn_jax.decode.tree import tree_set
 LOOPS = 0.2  # an output that repeats a larger share of its 4-grams is a loop
 
 
-def parse_method(text: str, base: DecodeConfig) -> DecodeConfig:
+def split_method(text: str) -> tuple[str, str, str]:
+    """Method, tree and batch size of METHOD[:TREE][@BATCH]; "" for what is not there."""
     name, _, batch = text.partition("@")
     method, _, tree = name.partition(":")
+    return method, tree, batch
+
+
+def parse_method(text: str, base: DecodeConfig) -> DecodeConfig:
+    method, tree, batch = split_method(text)
     if batch and not batch.isdecimal():
         raise InputError(f"--methods {text}: the batch size {batch!r} is no number")
     return dataclasses.replace(base, method=method, tree=tree or None, batch_size=int(batch or 1))
@@ -182,7 +188,7 @@ def main() -> None:
         seed=args.seed,
     )
     arms = {text: parse_method(text, base) for text in args.methods.split(",")}
-    if next(iter(arms)).partition("@")[0] != "ar":
+    if next(iter(arms.values())).method != "ar":
         raise InputError("--methods must begin with ar: the others are compared with it")
     for config in arms.values():
         tree_set(config.method, config.tree)

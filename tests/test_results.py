@@ -4,7 +4,7 @@ import json
 
 import pytest
 from record import keep_rows, kept_rows
-from spec_bench import read_done
+from spec_bench import read_done, split_method
 
 import results
 from msn_jax import InputError
@@ -86,8 +86,8 @@ def test_figures_are_those_of_the_arms(written):
 
 
 def test_a_method_names_its_tree_and_its_batch():
-    assert results.family_and_tree("tr-jacobi:small13@4") == ("tr-jacobi", "small13")
-    assert results.family_and_tree("ar@4") == ("ar", "")
+    assert split_method("tr-jacobi:small13@4") == ("tr-jacobi", "small13", "4")
+    assert split_method("ar@4") == ("ar", "", "4")
     assert results.without_noise("tr-jacobi:small13@4") and not results.without_noise("tr-jacobi:draft16@4")
     assert not results.without_noise("tr-jacobi@4")  # its default trees may have noise
 
