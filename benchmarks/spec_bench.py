@@ -188,7 +188,7 @@ def main() -> None:
         seed=args.seed,
     )
     arms = {text: parse_method(text, base) for text in args.methods.split(",")}
-    if next(iter(arms.values())).method != "ar":
+    if split_method(next(iter(arms)))[:2] != ("ar", ""):
         raise InputError("--methods must begin with ar: the others are compared with it")
     for config in arms.values():
         tree_set(config.method, config.tree)
