@@ -34,6 +34,8 @@ from msn_jax.config import SECTIONS, InputError, ModelConfig, RunConfig
 from msn_jax.io import export, hf
 from msn_jax.io import run as run_dir
 from msn_jax.io.checkpoint import open_checkpoint
+from msn_jax.io.files import is_remote, local_files
+from msn_jax.io.metrics import MetricsLog, read_metrics
 from msn_jax.io.tokenizer import end_ids, from_folder
 from msn_jax.lora import merge, save_adapter
 from msn_jax.model import declare
@@ -85,7 +87,7 @@ def start_model(run: RunConfig) -> tuple[ModelConfig, object, tuple[int, ...], o
         raise InputError("lora.rank: adapters need weights to work on; accepted: model.ckpt in place of model.scratch")
     cfg = ModelConfig.from_fields("model.scratch", run.model.scratch)
     if run_dir.has_begun(run.train.out):
-        tokenizer, _ = from_folder(run_dir.local_files(run.train.out))
+        tokenizer, _ = from_folder(local_files(run.train.out))
     else:
         rows = itertools.chain.from_iterable(map(read_rows, run.data.sources))
         tokenizer = data.train_tokenizer(rows, cfg.vocab_size)
@@ -184,9 +186,9 @@ class Log:
         self._mfu_s = peak and flops / (peak * setting.mesh.size)
         self._metrics = self._board = None
         if self._mine:
-            self._metrics = run_dir.MetricsLog(run.train.out)
+            self._metrics = MetricsLog(run.train.out)
             self._metrics.cut_back(start)
-            if "://" not in run.train.out:
+            if not is_remote(run.train.out):
                 self._board = SummaryWriter(run.train.out, purge_step=start + 1)
         self._bar = tqdm(total=run.train.steps, initial=start, unit="step", disable=not self._mine)
         self._clock = time.perf_counter()
@@ -324,7 +326,7 @@ def finish(setting: Setting, state: train_step.TrainState, flags) -> None:
             save_adapter(f"{run.train.out}/adapter", adapter, run.lora, run.model.ckpt)
     if jax.process_index() > 0:
         return
-    lines = run_dir.read_metrics(run.train.out)
+    lines = read_metrics(run.train.out)
     say(f"loss {lines[0]['loss']:.3f} at step {lines[0]['step']}, {lines[-1]['loss']:.3f} at step {lines[-1]['step']}")
     if flags.export:
         params = state.params

@@ -21,8 +21,9 @@ from msn_jax import InputError, init, load
 from msn_jax.config import RopeScaling
 from msn_jax.io import hf, tokenizer
 from msn_jax.io.export import check_export_dir, export_hf, hf_config
+from msn_jax.io.metrics import MetricsLog
 from msn_jax.io.model_config import config_from_hf
-from msn_jax.io.run import Checkpoints, MetricsLog, is_run, restore_params, write_run_files
+from msn_jax.io.run import Checkpoints, is_run, restore_params, write_run_files
 
 
 @struct.dataclass
@@ -304,7 +305,7 @@ def test_metrics_are_cut_back_to_a_step(tmp_path, torn):
 
 
 def test_metrics_in_a_store_are_rewritten(tmp_path, monkeypatch):
-    monkeypatch.setattr("msn_jax.io.run._remote", lambda path: True)
+    monkeypatch.setattr("msn_jax.io.metrics.is_remote", lambda path: True)
     log = MetricsLog(tmp_path)
     log.write(1, {"loss": 1.0})
     log.write(2, {"loss": 2.0})

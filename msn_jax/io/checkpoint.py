@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from msn_jax import lora
 from msn_jax.config import InputError, ModelConfig, first_line
 from msn_jax.io import gguf, hf, run, tokenizer
+from msn_jax.io.files import local_files
 from msn_jax.linear import activation_dtype
 from msn_jax.model import DraftAdapter, Layer, Params, declare, unstack, unstack_layers
 
@@ -90,7 +91,7 @@ def _load_opened(ckpt: str, dtype, mesh: Mesh | None) -> LM:
 
 def _load_run(folder: str, dtype, mesh: Mesh | None) -> LM:
     """The newest checkpoint of a run; of a LoRA run, its base with the adapter merged."""
-    config, files = run.read_config(folder), run.local_files(folder)
+    config, files = run.read_config(folder), local_files(folder)
     tok, stops = tokenizer.from_folder(files)  # with the chat template that it was trained with
     stop_ids = tuple(sorted(stops | hf.stop_ids(files)))
     if config.lora.rank:

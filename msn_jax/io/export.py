@@ -16,6 +16,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from msn_jax.config import InputError, ModelConfig, first_line
+from msn_jax.io.files import is_remote
 from msn_jax.io.hf import TOP_NAMES, layer_names, part_shapes, read_json, tensors
 from msn_jax.io.model_config import config_from_hf
 from msn_jax.model import Params
@@ -103,7 +104,7 @@ def check_export_dir(directory: str | Path) -> Path:
     """The path to export to. Raises InputError, before any work, for one that is taken or cannot be written."""
     path = Path(directory)
     accepted = "accepted: a new or empty local directory, or an earlier export"
-    if "://" in str(directory):
+    if is_remote(directory):
         raise InputError(f"--export {directory}: not a local path; {accepted}")
     if path.exists() and not path.is_dir():
         raise InputError(f"--export {directory}: a file; {accepted}")

@@ -3,7 +3,7 @@
 config.yaml, config.json   the resolved settings; the model's shape in Hugging Face layout
 tokenizer.json, ...        as `save_pretrained` writes them
 checkpoints/<step>/        orbax: `state` (a pytree of arrays) and `data` (JSON). It bears this name once it is whole
-metrics.jsonl              one object a step
+metrics.jsonl              one object a step (metrics.py)
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from jax.experimental import multihost_utils
 from transformers import PreTrainedTokenizerBase
 
 from msn_jax.config import InputError, RunConfig, first_line
+from msn_jax.io.files import first_cause, is_remote, replace_file, writing
 
 _COMMITTED = "commit_success.txt"  # orbax writes it last
 _FILES = "files.json"  # what `_check_files` compares, written after that: for a damaged file orbax prints pages
@@ -69,13 +70,22 @@ def write_run_files(
     Raises InputError for a directory that cannot be written.
     """
     folder = epath.Path(directory)
-    with tempfile.TemporaryDirectory() as scratch, _writes(folder):
+    with tempfile.TemporaryDirectory() as scratch, writing(folder):
         tokenizer.save_pretrained(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         for file in sorted(Path(scratch).iterdir()):
-            _replace(folder / file.name, file.read_bytes())
-        _replace(folder / "config.json", json.dumps(hf_config, indent=2).encode() + b"\n")
-        _replace(folder / "config.yaml", config_yaml.encode())  # last: `is_run` means that the others are there
+            replace_file(folder / file.name, file.read_bytes())
+        replace_file(folder / "config.json", json.dumps(hf_config, indent=2).encode() + b"\n")
+        replace_file(folder / "config.yaml", config_yaml.encode())  # last: `is_run` means that the others are there
+
+
+def read_config(directory: str | os.PathLike) -> RunConfig:
+    """The settings that a run was begun with. Raises InputError where its config.yaml cannot be read."""
+    path = epath.Path(directory) / "config.yaml"
+    try:
+        return RunConfig.from_dict(yaml.safe_load(path.read_text()))
+    except (OSError, yaml.YAMLError, TypeError, KeyError) as e:
+        raise InputError(f"{path}: not the config of a run ({first_cause(e)})") from None
 
 
 class Checkpoints:
@@ -90,7 +100,7 @@ class Checkpoints:
         self._folder, self._keep = _absolute(directory) / "checkpoints", keep
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._writing: tuple[int, Future] | None = None
-        with _writes(self._folder):
+        with writing(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
 
     def steps(self) -> list[int]:
@@ -156,7 +166,7 @@ class Checkpoints:
             with contextlib.suppress(OSError):
                 self._delete_unfinished()  # a full disk needs the room
             raise InputError(
-                f"{path}: the checkpoint could not be written ({_reason(e)}); earlier ones stay usable"
+                f"{path}: the checkpoint could not be written ({first_cause(e)}); earlier ones stay usable"
             ) from None
 
     def _delete_unfinished(self) -> None:
@@ -169,7 +179,7 @@ class Checkpoints:
         response.result()
         if jax.process_index() == 0:
             path = self._folder / str(step)
-            _replace(path / _FILES, json.dumps(_fingerprints(path)).encode())
+            replace_file(path / _FILES, json.dumps(_fingerprints(path)).encode())
             self._delete_old()
 
     def _delete_old(self) -> None:
@@ -193,7 +203,7 @@ class Checkpoints:
         aside = self._folder / f"{path.name}.corrupt{f'-{taken + 1}' if taken else ''}"
         _barrier(f"{path} found damaged")
         if jax.process_index() == 0:
-            with _writes(self._folder):
+            with writing(self._folder):
                 path.rename(aside)
         _barrier(f"{path} set aside")
         return aside
@@ -236,7 +246,7 @@ def _read(path: epath.Path, abstract: Any, partial: bool = False) -> tuple[Any, 
     except (InputError, _Unusable, *_NO_FAULT_OF_THE_FILE):
         raise
     except Exception as e:  # damaged files make orbax raise ValueError, KeyError, FileNotFoundError, TypeError, ...
-        raise _Unusable(_reason(e)) from None
+        raise _Unusable(first_cause(e)) from None
 
 
 def _check_files(path: epath.Path) -> None:
@@ -292,22 +302,6 @@ def _context(partial: bool = False) -> ocp.Context:
     return context
 
 
-@contextlib.contextmanager
-def _writes(path: epath.Path):
-    try:
-        yield
-    except OSError as e:
-        raise InputError(f"{path}: cannot be written ({e.strerror or _reason(e)})") from None
-
-
-def _reason(error: Exception) -> str:
-    """The first cause of an error, in one line."""
-    while (cause := error.__cause__ or error.__context__) is not None:
-        error = cause
-    line = first_line(error)
-    return f"{type(error).__name__}: {line if len(line) < 300 else line[:100] + ' ... ' + line[-150:]}"
-
-
 def _warn(line: str) -> None:
     if jax.process_index() == 0:
         print(f"warning: {line}", file=sys.stderr, flush=True)
@@ -337,108 +331,4 @@ def _steps(folder: epath.Path) -> list[int]:
 def _absolute(directory: str | os.PathLike) -> epath.Path:
     """orbax takes no other."""
     path = epath.Path(directory)
-    return path if _remote(path) else epath.Path(os.path.abspath(path))
-
-
-def _remote(path: epath.Path) -> bool:
-    return "://" in os.fspath(path)
-
-
-def _replace(path: epath.Path, content: bytes) -> None:
-    """Write a file so that it is never half there. (An object of a store appears only when it is whole.)"""
-    if _remote(path):
-        path.write_bytes(content)
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    temporary.replace(path)
-
-
-class MetricsLog:
-    """`metrics.jsonl`: one JSON object a step. One process of a run keeps it.
-
-    Nothing can be appended to an object in a store: there the lines stay in memory, and `flush` writes all of them.
-    """
-
-    def __init__(self, directory: str | os.PathLike):
-        """directory: of the run. Raises InputError where it cannot be written."""
-        self._path, self._lines, self._file = epath.Path(directory) / "metrics.jsonl", [], None
-        with _writes(self._path):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._open()
-
-    def write(self, step: int, values: dict[str, Any]) -> None:
-        """Add the line of a step. Numbers that are not finite become null: JSON has none. Raises InputError."""
-        numbers = {name: value.item() if hasattr(value, "item") else value for name, value in values.items()}
-        finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in numbers.items()}
-        line = json.dumps({"step": step, **finite}) + "\n"
-        if self._file is None:
-            self._lines.append(line)
-            return
-        with _writes(self._path):
-            if self._file.write(line.encode()) < len(line):  # json.dumps gives ASCII
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def flush(self) -> None:
-        """Put every line on the disk. Comes before the save of the same step. Raises InputError."""
-        with _writes(self._path):
-            if self._file is None:
-                self._path.write_text("".join(self._lines))
-            else:
-                os.fsync(self._file.fileno())
-
-    def cut_back(self, step: int) -> None:
-        """Drop the lines of steps after `step`, and a last line that is half-written. Raises InputError."""
-        with _writes(self._path):
-            self.close()
-            if self._path.exists():
-                lines = self._path.read_bytes().splitlines(keepends=True)
-                _replace(self._path, b"".join(line for line in lines if 0 <= _step_of(line) <= step))
-            self._open()
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def _open(self) -> None:
-        if not _remote(self._path):
-            self._file = open(self._path, "ab", buffering=0)  # a line is in the file when `write` returns
-        elif self._path.exists():
-            self._lines = self._path.read_text().splitlines(keepends=True)
-
-
-def _step_of(line: bytes) -> int:
-    """The step of a line of metrics.jsonl; -1 where it is half-written."""
-    try:
-        return json.loads(line)["step"] if line.endswith(b"\n") else -1
-    except (ValueError, KeyError, TypeError):
-        return -1
-
-
-def read_config(directory: str | os.PathLike) -> RunConfig:
-    """The settings that a run was begun with. Raises InputError where its config.yaml cannot be read."""
-    path = epath.Path(directory) / "config.yaml"
-    try:
-        return RunConfig.from_dict(yaml.safe_load(path.read_text()))
-    except (OSError, yaml.YAMLError, TypeError, KeyError) as e:
-        raise InputError(f"{path}: not the config of a run ({_reason(e)})") from None
-
-
-def read_metrics(directory: str | os.PathLike) -> list[dict[str, Any]]:
-    """The objects of metrics.jsonl, one a step."""
-    return [json.loads(line) for line in (epath.Path(directory) / "metrics.jsonl").read_text().splitlines()]
-
-
-def local_files(directory: str | os.PathLike) -> Path:
-    """A local directory with a run's config and tokenizer files: itself, or a temporary copy from an object store."""
-    folder = epath.Path(directory)
-    if not _remote(folder):
-        return Path(directory)
-    copy = Path(tempfile.mkdtemp())
-    for path in folder.iterdir():
-        if path.suffix in (".json", ".yaml", ".jinja"):
-            (copy / path.name).write_bytes(path.read_bytes())
-    return copy
+    return path if is_remote(path) else epath.Path(os.path.abspath(path))

@@ -1,0 +1,59 @@
+"""Files of a run, on a local disk or in an object store (gs://), where nothing can be appended or renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+from etils import epath
+
+from msn_jax.config import InputError, first_line
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether the path is an address in an object store."""
+    return "://" in os.fspath(path)
+
+
+@contextlib.contextmanager
+def writing(path: epath.Path):
+    """What the system says against a write inside it becomes an InputError that names `path`."""
+    try:
+        yield
+    except OSError as e:
+        raise InputError(f"{path}: cannot be written ({e.strerror or first_cause(e)})") from None
+
+
+def replace_file(path: epath.Path, content: bytes) -> None:
+    """Write a file so that it is never half there. (An object of a store appears only when it is whole.)"""
+    if is_remote(path):
+        path.write_bytes(content)
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    temporary.replace(path)
+
+
+def first_cause(error: Exception) -> str:
+    """The first cause of an error, in one line."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    line = first_line(error)
+    return f"{type(error).__name__}: {line if len(line) < 300 else line[:100] + ' ... ' + line[-150:]}"
+
+
+def local_files(directory: str | os.PathLike) -> Path:
+    """A local directory with a run's config and tokenizer files: itself, or a temporary copy from an object store."""
+    folder = epath.Path(directory)
+    if not is_remote(folder):
+        return Path(directory)
+    copy = Path(tempfile.mkdtemp())
+    for path in folder.iterdir():
+        if path.suffix in (".json", ".yaml", ".jinja"):
+            (copy / path.name).write_bytes(path.read_bytes())
+    return copy
