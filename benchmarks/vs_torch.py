@@ -2,7 +2,7 @@
 
     python benchmarks/vs_torch.py --ckpt MODEL.gguf --torch_python TORCH_VENV/bin/python
 
-TORCH_VENV holds torch, transformers and gguf; this package never needs them.
+TORCH_VENV holds torch, transformers, accelerate and gguf; this package needs neither torch nor accelerate.
 """
 
 from __future__ import annotations
