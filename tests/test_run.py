@@ -243,20 +243,23 @@ def test_a_disk_that_fills_during_a_save(tmp_path, state, request, at_the_next, 
     same(got, at(state, 2))
 
 
-@pytest.mark.parametrize("error", [errno.ENOTEMPTY, errno.ENOENT])
+@pytest.mark.parametrize("error", [errno.ENOTEMPTY, errno.ENOENT, None])
 def test_a_half_written_checkpoint_that_is_still_written_to(tmp_path, state, monkeypatch, error):
     half = tmp_path / "checkpoints/3.orbax-checkpoint-tmp"
     half.mkdir(parents=True)
-    really, errors = shutil.rmtree, [OSError(error, os.strerror(error))] * 3
+    really, writes = shutil.rmtree, [error] * 3
 
     def rmtree(path):
-        if errors:
-            raise errors.pop()
+        error = writes.pop() if writes else 0
+        if error:
+            raise OSError(error, os.strerror(error))
         really(path)
+        if error is None:  # a file that is written only now
+            half.mkdir()
 
     monkeypatch.setattr(shutil, "rmtree", rmtree)
     Checkpoints(tmp_path, 5).restore(abstract(state))
-    assert not half.exists() and not errors
+    assert not half.exists() and not writes
 
 
 def test_a_run_directory_that_cannot_be_written(tmp_path):

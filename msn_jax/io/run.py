@@ -308,14 +308,22 @@ def _warn(line: str) -> None:
 
 
 def _remove(path: epath.Path) -> None:
-    """Delete a directory. Of a save that failed, threads of orbax may still be writing there for a moment."""
+    """Delete a directory, for good: of a save that failed, threads of orbax may still be writing there for a moment.
+
+    A file that they write makes the directory again, so it has to stay away for three looks in a row.
+    """
+    away = 0
     for attempt in range(50):
-        try:
-            return path.rmtree()
-        except OSError as e:  # a file came into it, or left it, meanwhile
-            if attempt == 49 or e.errno not in (errno.ENOTEMPTY, errno.ENOENT):
-                raise
-            time.sleep(0.1)
+        if path.exists():
+            away = 0
+            try:
+                path.rmtree()
+            except OSError as e:  # a file came into it, or left it, meanwhile
+                if attempt == 49 or e.errno not in (errno.ENOTEMPTY, errno.ENOENT):
+                    raise
+        elif (away := away + 1) == 3:
+            return
+        time.sleep(0.1)
 
 
 def _barrier(name: str) -> None:
