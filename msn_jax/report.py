@@ -12,6 +12,7 @@ from pathlib import Path
 from string import Template
 
 from msn_jax.config import InputError
+from msn_jax.io.files import is_remote
 
 # Colour stops for 1..max tokens. Lightness changes steadily along each ramp, so it reads without colour
 # vision, and stays on one side of the text colour, so every level keeps a contrast of at least 4.5.
@@ -204,7 +205,7 @@ def check_plot(path: str) -> None:
     """Raises InputError, before any work, where `plot_metrics` could not write to `path`."""
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("--plot needs matplotlib; pip install 'msn-jax[plots]'")
-    if "://" in path:
+    if is_remote(path):
         raise InputError(f"--plot cannot write {path}; accepted with it: a local train.out")
 
 

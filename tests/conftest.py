@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import resource
 import shutil
 import tempfile
 from pathlib import Path
@@ -92,3 +93,12 @@ def decode_all(params, cfg, trees, prompts, stop_ids=(), chunk=16, slots=256, dr
     state = jax.device_get(state)
     ends = state.cache.length + 1
     return state, [np.asarray(state.tokens)[b, len(p) : ends[b]].tolist() for b, p in enumerate(prompts)]
+
+
+@pytest.fixture
+def full_disk():
+    """No file may grow beyond 20 kB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
