@@ -170,6 +170,60 @@ def against_section(results: dict[str, dict], base: str, arms: list[str]) -> str
     return table(["dtype", "", "over", "MAT, no loops, as a ratio"], rows) if rows else ""
 
 
+def over_runs(runs: list[dict], dtype: str) -> dict[str, dict[int, tuple[int, int]]]:
+    """`by_question` summed over runs, of each METHOD:TREE that all of them have measured in whatever batch."""
+    speeds = [run["speed"][dtype] for run in runs]
+    named = [{method.partition("@")[0]: method for method in speed["methods"]} for speed in speeds]
+    sums = {}
+    for method in (m for m in named[0] if all(m in names for names in named)):
+        parts = [by_question(speed, names[method]) for speed, names in zip(speeds, named, strict=True)]
+        questions = sorted(set().union(*parts))
+        sums[method] = {q: tuple(map(sum, zip(*(p[q] for p in parts if q in p), strict=True))) for q in questions}
+    return sums
+
+
+def ratios_to_plain(noisy: list[dict], plain: list[dict]) -> dict[str, str]:
+    """MAT ratio of each METHOD:TREE that all these runs have measured, in bfloat16 if they share it."""
+    shared = [dtype for dtype in noisy[0]["speed"] if all(dtype in run["speed"] for run in noisy + plain)]
+    if not shared:
+        return {}
+    dtype = "bfloat16" if "bfloat16" in shared else shared[0]
+    ours, theirs = over_runs(noisy, dtype), over_runs(plain, dtype)
+    common = (m for m in ours if ours[m] and theirs.get(m) and split_method(m)[0] in COMPARED)
+    return {method: interval(mat_ratio(ours[method], theirs[method]), 3) for method in common}
+
+
+def seeds_section(results: dict[str, dict]) -> str:
+    """Noise over plain, the outputs of all seeds taken together."""
+    rows = []
+    compared = plain_of(results)
+    for arm in NOISY:
+        names = [name for name in compared if results[name]["arm"] == arm]
+        if len(names) < 2:
+            continue
+        ratios = ratios_to_plain([results[name] for name in names], [results[compared[name]] for name in names])
+        rows += [[f"{arm}, {len(names)} seeds", method, ratio] for method, ratio in ratios.items()]
+    return table(["arm", "method", "MAT, no loops, over that of plain"], rows) if rows else ""
+
+
+def trade_section(results: dict[str, dict]) -> str:
+    """What noise costs beside what it gives, by its share of the tokens."""
+    rows = []
+    for name, plain in plain_of(results).items():
+        result, base = results[name], results[plain]
+        loss = 100 * (last(result, "eval_loss") / last(base, "eval_loss") - 1)
+        ratios = ratios_to_plain([result], [base])
+        shown = []
+        for family in COMPARED:
+            methods = [m for m in ratios if split_method(m)[0] == family]
+            # With a tree of one shape, where it was measured: default trees differ from machine to machine.
+            method = max(methods, key=lambda m: ":" in m, default=None)
+            shown.append(f"{ratios[method]}, {method}" if method else "-")
+        rows.append((noisy_share(result["metrics"]), [name, f"{loss:+.2f}%", *shown]))
+    head = ["behind noise", "arm", "held-out loss to plain", *(f"MAT to plain, {family}" for family in COMPARED)]
+    return table(head, [[f"{100 * share:.0f}%", *row] for share, row in sorted(rows)]) if rows else ""
+
+
 def draft_only(result: dict) -> bool:
     return "adapter" in result or bool(result.get("train", {}).get("lora", {}).get("draft_only"))
 
@@ -336,6 +390,9 @@ def main() -> None:
     text.append(speed_section(results))
     for base in dict.fromkeys(compared.values()):
         text.append(against_section(results, base, [name for name in compared if compared[name] == base]))
+    if pooled := seeds_section(results):
+        text.append("All seeds of an arm together, resampled by question; batches of 4 accept what single ones do.\n")
+        text.append(pooled)
     for name in (name for name, result in results.items() if draft_only(result)):
         text.append(
             f"Of {name}: trees without noise leave the adapter out, so they are those of the untouched model.\n"
@@ -351,6 +408,8 @@ def main() -> None:
     text.append("![right by noise depth](results/accuracy_by_depth.png)\n")
     if compared:
         text.append("![clean loss over plain](results/loss_difference.png)\n")
+        text.append("What noise costs and what it gives, by the share of scored tokens that stand behind it:\n")
+        text.append(trade_section(results))
     text.append("## Tasks\n")
     text.append("A draft-only adapter changes no answer, so it has no row.\n")
     text.append(tasks_section(results))
