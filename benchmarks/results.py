@@ -285,6 +285,7 @@ def plot_categories(results: dict[str, dict]) -> None:
                 axes.bar(np.arange(len(categories)) + i * width, heights, width, label=f"{name}, {method}")
         axes.axhline(1, color="black", linewidth=0.5)
         axes.set_ylabel(f"tokens a pass, {family}")
+        axes.margins(y=0.3)  # room for the legend
         axes.legend(fontsize=8, ncols=4)
     all_axes[0].set_title("outputs without loops; no bar: all loop", fontsize=10)
     all_axes[1].set_xticks(np.arange(len(categories)) + 0.4 - width / 2, categories, rotation=30, ha="right")
@@ -301,10 +302,10 @@ def plot_accepted(results: dict[str, dict]) -> None:
             kept = [r for r in speed["answers"] if r["method"] == method and r["rep4_frac"] < LOOPS]
             if not kept:
                 continue
-            counts = np.bincount([count for row in kept for count in row["accepted"]], minlength=9)
-            shares = np.where(counts > 0, counts / counts.sum(), np.nan)[1:9]
-            axes.plot(range(1, 9), shares, marker="o", markersize=3, label=f"{name}, {method}")
+            lengths, counts = np.unique([count for row in kept for count in row["accepted"]], return_counts=True)
+            axes.plot(lengths, counts / counts.sum(), marker="o", markersize=3, label=f"{name}, {method}")
         axes.set(title=family, xlabel="tokens that a pass emits", yscale="log")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(fontsize=8)
     all_axes[0].set_ylabel("share of passes, outputs without loops")
     save(figure, "accepted_lengths")
