@@ -164,7 +164,8 @@ def main() -> None:
     model = ["--ckpt", ckpt, *adapter]
     result["speed"] = {d: measure_speed(plan, m, d, model, data, folder) for d, m in methods.items()}
     # With a draft-only adapter replies are those of the base, and so is their quality.
-    if not (args.seed or adapter or arm.get("lora", {}).get("draft_only")):
+    same_replies = adapter or arm.get("lora", {}).get("draft_only")
+    if arm.get("tasks", True) and not (args.seed or same_replies):
         result |= measure_tasks(plan, ckpt, data, folder)
 
     # Only now: asking for the device takes it, and the runs above need it. The command is without folders, which differ
