@@ -116,6 +116,11 @@ def last(result: dict, name: str) -> float | None:
     return next((line[name] for line in reversed(result.get("metrics", [])) if name in line), None)
 
 
+def loss_over(result: dict, plain: dict) -> str:
+    """Held-out clean loss at the end, in percent over that of `plain`."""
+    return f"{100 * (last(result, 'eval_loss') / last(plain, 'eval_loss') - 1):+.2f}%"
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]) + "\n"
 
@@ -211,7 +216,6 @@ def trade_section(results: dict[str, dict]) -> str:
     rows = []
     for name, plain in plain_of(results).items():
         result, base = results[name], results[plain]
-        loss = 100 * (last(result, "eval_loss") / last(base, "eval_loss") - 1)
         ratios = ratios_to_plain([result], [base])
         shown = []
         for family in COMPARED:
@@ -219,7 +223,7 @@ def trade_section(results: dict[str, dict]) -> str:
             # With a tree of one shape, where it was measured: default trees differ from machine to machine.
             method = max(methods, key=lambda m: ":" in m, default=None)
             shown.append(f"{ratios[method]}, {method}" if method else "-")
-        rows.append((noisy_share(result["metrics"]), [name, f"{loss:+.2f}%", *shown]))
+        rows.append((noisy_share(result["metrics"]), [name, loss_over(result, base), *shown]))
     head = ["behind noise", "arm", "held-out loss to plain", *(f"MAT to plain, {family}" for family in COMPARED)]
     return table(head, [[f"{100 * share:.0f}%", *row] for share, row in sorted(rows)]) if rows else ""
 
@@ -248,7 +252,7 @@ def training_section(results: dict[str, dict]) -> str:
         tokens = sum(line["response_tokens"] for line in metrics)
         loss, difference = last(result, "eval_loss"), "-"
         if plain and not draft_only(result) and result["arm"] != "plain":
-            difference = f"{100 * (loss / last(plain, 'eval_loss') - 1):+.2f}%"
+            difference = loss_over(result, plain)
         share = "all, KL" if draft_only(result) else f"{100 * noisy_share(metrics):.0f}%"
         depths = []
         for best in ("top1", "top10"):
