@@ -26,7 +26,7 @@ from tqdm import tqdm
 from msn_jax import DecodeConfig, InputError, load
 from msn_jax.decode.generate import encode, generate_batches
 from msn_jax.decode.tree import METHODS, TREE_SETS, tree_set
-from msn_jax.io.checkpoint import ACCEPTED
+from msn_jax.io.loading import ACCEPTED
 from msn_jax.io.tokenizer import TextStream, require_template
 from msn_jax.report import Run, write_html
 from msn_jax.sharding import make_mesh

@@ -30,15 +30,16 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from msn_jax import data, train_step
-from msn_jax.config import SECTIONS, InputError, ModelConfig, RunConfig
-from msn_jax.io import export, hf
-from msn_jax.io import run as run_dir
-from msn_jax.io.checkpoint import open_checkpoint
+from msn_jax.config import SECTIONS, RunConfig
+from msn_jax.errors import InputError
+from msn_jax.io import export, hf, run_dir
 from msn_jax.io.files import is_remote, local_files
+from msn_jax.io.loading import open_checkpoint
 from msn_jax.io.metrics import MetricsLog, read_metrics
 from msn_jax.io.tokenizer import end_ids, from_folder
 from msn_jax.lora import merge, save_adapter
 from msn_jax.model import declare
+from msn_jax.model_config import ModelConfig
 from msn_jax.report import check_plot, plot_metrics
 from msn_jax.rows import read_rows
 from msn_jax.shapes import SHAPES

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from record import kept_rows, run_record
 
-from msn_jax.io.run import read_config
+from msn_jax.io.run_dir import read_config
 
 ROOT = Path(__file__).parent.parent
 

@@ -38,7 +38,7 @@ from tqdm import tqdm
 from msn_jax import InputError, generate, load
 from msn_jax.config import DataSource
 from msn_jax.decode.generate import encode
-from msn_jax.io.checkpoint import LM
+from msn_jax.io.loading import LM
 from msn_jax.io.tokenizer import encode_text
 from msn_jax.rows import read_rows
 from msn_jax.score import loglikelihoods

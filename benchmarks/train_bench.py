@@ -28,7 +28,7 @@ from record import run_record
 from msn_jax import InputError, train_step
 from msn_jax.config import DataConfig, DataSource, ModelStart, NoiseConfig, RunConfig, TrainConfig
 from msn_jax.io import export, hf
-from msn_jax.io.checkpoint import open_checkpoint
+from msn_jax.io.loading import open_checkpoint
 from msn_jax.shapes import SHAPES
 from msn_jax.sharding import make_mesh
 

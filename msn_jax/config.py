@@ -1,138 +1,12 @@
-"""Every setting of the package, as frozen dataclasses. No arrays, no jax."""
+"""Every setting of a run, as frozen dataclasses. No arrays, no jax."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
-
-class InputError(ValueError):
-    """Input that cannot be honoured: one line that names what is wrong and what is accepted."""
-
-
-def first_line(error: Exception) -> str:
-    """What an error of another library says, short enough for an InputError of ours."""
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
-
-
-def _check(config: Any, prefix: str, **fields: tuple[bool, str]) -> None:
-    """Raise InputError for the first field that is not fine: name=(fine, what is accepted)."""
-    for name, (fine, accepted) in fields.items():
-        if not fine:
-            raise InputError(f"{prefix}{name} = {getattr(config, name)} is not possible; accepted: {accepted}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """Rotary position scaling: `linear` (Chen et al. 2023) or `llama3` (Llama 3.1)."""
-
-    kind: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 8192
-
-    def __post_init__(self):
-        _check(self, "rope_scaling.", kind=(self.kind in ("linear", "llama3"), "linear, llama3"))
-
-    def scaled(self, frequency: float) -> float:
-        """A frequency, radians a position, after scaling."""
-        if self.kind == "linear":
-            return frequency / self.factor
-        # Llama 3.1: long wavelengths are stretched, short ones kept, those between blended.
-        turns = self.original_max_position * frequency / (2 * math.pi)
-        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        kept = min(max(kept, 0.0), 1.0)
-        return frequency * (kept + (1 - kept) / self.factor)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """A decoder of the LLaMA family or one of its neighbours. Letters in comments are the shape key of README.md."""
-
-    vocab_size: int  # V
-    embed: int  # D
-    layers: int  # L
-    heads: int  # N
-    kv_heads: int  # K
-    head_dim: int  # H
-    mlp: int  # F
-    max_position: int
-    norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
-    tie_embeddings: bool = False
-    # What tells the families apart. The defaults are LLaMA's.
-    norm: str = "rms"  # or layer: LayerNorm with a bias
-    activation: str = "swiglu"  # or gelu_tanh: an MLP without a gate, GELU by its tanh approximation
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False  # root mean square norms of queries and keys over H
-    sliding_window: int | None = None  # tokens that each one sees, itself included; None: all before it
-
-    def __post_init__(self):
-        _check(
-            self,
-            "model config: ",
-            norm=(self.norm in ("rms", "layer"), "rms, layer"),
-            activation=(self.activation in ("swiglu", "gelu_tanh"), "swiglu, gelu_tanh"),
-            sliding_window=(
-                self.sliding_window is None or (type(self.sliding_window) is int and self.sliding_window > 0),
-                "null or a positive int",
-            ),
-        )
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            kinds = {"int": (int,), "float": (int, float), "bool": (bool,)}.get(field.type)
-            if kinds is None:
-                continue
-            wrong = not isinstance(value, kinds) or (kinds != (bool,) and (isinstance(value, bool) or not 0 < value))
-            if wrong:
-                accepted = "true or false" if kinds == (bool,) else f"a positive {field.type}"
-                raise InputError(f"model config: {field.name} = {value!r} is not possible; accepted: {accepted}")
-        if self.heads % self.kv_heads:
-            raise InputError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
-        if self.head_dim % 2:
-            raise InputError(f"head_dim {self.head_dim} is odd; rotary embeddings need an even one")
-
-    @property
-    def group(self) -> int:
-        """Query heads that share one kv head (G)."""
-        return self.heads // self.kv_heads
-
-    @classmethod
-    def from_fields(cls, where: str, fields: dict[str, Any]) -> ModelConfig:
-        """From the fields of this class, rope_scaling as a dict. Raises InputError naming `where` and the field."""
-        known = {field.name: field for field in dataclasses.fields(cls)}
-        for name in sorted(fields.keys() - known):
-            raise InputError(f"{where}: {name} is no field of it; accepted: {', '.join(sorted(known))}")
-        for name, field in known.items():
-            if field.default is dataclasses.MISSING and name not in fields:
-                raise InputError(f"{where}: the field {name} is missing")
-        if (scaling := fields.get("rope_scaling")) is not None:
-            try:
-                fields = fields | {"rope_scaling": RopeScaling(**scaling)}
-            except TypeError:
-                raise InputError(f"{where}: rope_scaling = {scaling}; accepted: kind, factor, ...") from None
-        return cls(**fields)
-
-
-# What each family is, beside its sizes, by model_type of config.json; a GGUF architecture of that name is the same.
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {},
-    "qwen2": {"qkv_bias": True},
-    "qwen3": {"qk_norm": True},
-    "starcoder2": {
-        "norm": "layer",
-        "activation": "gelu_tanh",
-        "qkv_bias": True,
-        "o_bias": True,
-        "mlp_bias": True,
-    },
-}
+from msn_jax.errors import check_fields
+from msn_jax.shapes import SHAPES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,7 +23,7 @@ class DecodeConfig:
     seed: int = 0
 
     def __post_init__(self):
-        _check(
+        check_fields(
             self,
             "",
             max_new_tokens=(self.max_new_tokens >= 1, "1 or more"),
@@ -174,7 +48,7 @@ class NoiseConfig:
     vocab_size: int = 0  # of `random`; make_train_step fills in the model's
 
     def __post_init__(self):
-        _check(
+        check_fields(
             self,
             "noise.",
             kind=(self.kind in ("ahead", "random", "none"), "ahead, random, none"),
@@ -195,7 +69,7 @@ class DataSource:
     split: str = "train"  # of a hub id
 
     def __post_init__(self):
-        _check(self, "data.sources.", weight=(self.weight > 0, "a positive number"))
+        check_fields(self, "data.sources.", weight=(self.weight > 0, "a positive number"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -209,7 +83,7 @@ class DataConfig:
     chat_template: str | None = None  # None: the tokenizer's; plain; or a .jinja file
 
     def __post_init__(self):
-        _check(
+        check_fields(
             self,
             "data.",
             sources=(len(self.sources) > 0, "a list with at least one {path: ...}"),
@@ -229,9 +103,7 @@ class ModelStart:
     # vocabulary is trained on the data
 
     def __post_init__(self):
-        from msn_jax.shapes import SHAPES  # here, since it is made of ModelConfig
-
-        _check(
+        check_fields(
             self,
             "model.",
             ckpt=((self.ckpt is None) != (self.scratch is None), "one of model.ckpt and model.scratch"),
@@ -264,7 +136,7 @@ class TrainConfig:
     eval_batches: int = 8
 
     def __post_init__(self):
-        _check(
+        check_fields(
             self,
             "train.",
             out=(bool(self.out.strip()), "a directory"),
@@ -304,7 +176,7 @@ class MeshConfig:
 
     def __post_init__(self):
         sizes = (self.data, self.fsdp, self.tensor)
-        _check(
+        check_fields(
             self,
             "mesh.",
             data=(all(n == -1 or n >= 1 for n in sizes) and sizes.count(-1) <= 1, "1 or more, one of the axes -1"),
@@ -324,7 +196,7 @@ class LoraConfig:
     draft_only: bool = False  # act at noise positions alone, and learn the frozen model's own predictions
 
     def __post_init__(self):
-        _check(
+        check_fields(
             self,
             "lora.",
             draft_only=(not self.draft_only or self.rank > 0, "true with lora.rank above 0"),

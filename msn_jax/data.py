@@ -23,7 +23,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from msn_jax.config import DataConfig, DataSource, InputError, first_line
+from msn_jax.config import DataConfig, DataSource
+from msn_jax.errors import InputError, first_line
 from msn_jax.rows import KEYS, Unusable, content_id, read_rows, silence, to_messages
 
 CHATML = (

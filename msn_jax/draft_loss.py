@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from msn_jax.config import ModelConfig
 from msn_jax.model import (
     REMAT,
     DraftAdapter,
@@ -25,6 +24,7 @@ from msn_jax.model import (
     rope_angles,
     unembed,
 )
+from msn_jax.model_config import ModelConfig
 from msn_jax.sharding import constrain
 
 

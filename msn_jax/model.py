@@ -22,8 +22,8 @@ from flax import struct
 from jax import Array
 from jax.sharding import Mesh
 
-from msn_jax.config import ModelConfig
 from msn_jax.linear import HIGHEST, adapted, linear
+from msn_jax.model_config import ModelConfig
 from msn_jax.sharding import constrain, sharding
 
 QUERY_BLOCK = (128, 1024)  # least and most tokens of a row that attend at one time, in training

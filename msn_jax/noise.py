@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from msn_jax.config import InputError, NoiseConfig
+from msn_jax.config import NoiseConfig
+from msn_jax.errors import InputError
 
 
 def add_noise(key: Array, tokens: Array, response_mask: Array, segment_ids: Array, cfg: NoiseConfig) -> Array:

@@ -11,7 +11,7 @@ from itertools import accumulate
 from pathlib import Path
 from string import Template
 
-from msn_jax.config import InputError
+from msn_jax.errors import InputError
 from msn_jax.io.files import is_remote
 
 # Colour stops for 1..max tokens. Lightness changes steadily along each ramp, so it reads without colour

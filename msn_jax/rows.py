@@ -21,7 +21,8 @@ from typing import Any
 import datasets
 import huggingface_hub
 
-from msn_jax.config import DataSource, InputError, first_line
+from msn_jax.config import DataSource
+from msn_jax.errors import InputError, first_line
 
 ACCEPTED = "a .jsonl, .jsonl.gz or .parquet file, a hub id (org/name or org/name:subset), or stdlib"
 STDLIB = "stdlib"

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from msn_jax.config import InputError
 from msn_jax.decode.loop import bucket
-from msn_jax.io.checkpoint import LM
+from msn_jax.errors import InputError
+from msn_jax.io.loading import LM
 from msn_jax.model import forward, unembed
 
 

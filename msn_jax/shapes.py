@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from msn_jax.config import FAMILIES, ModelConfig, RopeScaling
+from msn_jax.model_config import FAMILIES, ModelConfig, RopeScaling
 
 
 def _shape(V: int, D: int, L: int, N: int, K: int, H: int, F: int, context: int, **other) -> ModelConfig:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from msn_jax.config import InputError, MeshConfig, first_line
+from msn_jax.config import MeshConfig
+from msn_jax.errors import InputError, first_line
 
 MESH_AXES = ("data", "fsdp", "tensor")
 

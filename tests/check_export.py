@@ -71,8 +71,8 @@ def export_tiny(folder: Path) -> list[Path]:
     from transformers import PreTrainedTokenizerFast
 
     from msn_jax import ModelConfig, init
-    from msn_jax.config import FAMILIES, RopeScaling
     from msn_jax.io.export import export_hf
+    from msn_jax.model_config import FAMILIES, RopeScaling
 
     # Bytes alone: transformers splits a Qwen2's text as Qwen2 does, whatever its tokenizer.json says.
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -18,7 +18,7 @@ from msn_jax.config import LINEAR_MAPS, LoraConfig, TrainConfig
 from msn_jax.decode import tree_set
 from msn_jax.io import hf
 from msn_jax.io.export import export_hf, hf_config
-from msn_jax.io.model_config import config_from_hf
+from msn_jax.io.published_config import config_from_hf
 from msn_jax.lora import init_adapter, merge
 from msn_jax.model import declare, init_cache, parameter_count, stack_layers, write_cache
 from msn_jax.shapes import SHAPES

@@ -9,8 +9,8 @@ from safetensors.numpy import load_file, save_file
 
 from msn_jax import InputError, load
 from msn_jax.io import gguf, hf, tokenizer
-from msn_jax.io.checkpoint import resolve
-from msn_jax.io.model_config import config_from_gguf
+from msn_jax.io.loading import resolve
+from msn_jax.io.published_config import config_from_gguf
 from msn_jax.io.tokenizer import TextStream, decode, encode_chat
 
 

@@ -9,7 +9,7 @@ from conftest import GOLDENS
 import msn_jax
 from msn_jax import InputError, unembed
 from msn_jax.io import hf
-from msn_jax.io.model_config import config_from_hf
+from msn_jax.io.published_config import config_from_hf
 from msn_jax.linear import linear
 from msn_jax.model import init_cache, rope_frequencies, write_cache
 

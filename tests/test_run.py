@@ -17,12 +17,12 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from msn_jax import InputError, init, load
-from msn_jax.config import RopeScaling
 from msn_jax.io import hf, tokenizer
 from msn_jax.io.export import check_export_dir, export_hf, hf_config
 from msn_jax.io.metrics import MetricsLog
-from msn_jax.io.model_config import config_from_hf
-from msn_jax.io.run import Checkpoints, is_run, restore_params, write_run_files
+from msn_jax.io.published_config import config_from_hf
+from msn_jax.io.run_dir import Checkpoints, is_run, restore_params, write_run_files
+from msn_jax.model_config import RopeScaling
 
 
 @struct.dataclass

@@ -21,7 +21,7 @@ from jax.sharding import AbstractMesh, AxisType
 import train
 from msn_jax import InputError, ModelConfig, generate, load, train_step
 from msn_jax.config import LoraConfig, MeshConfig
-from msn_jax.io import run as run_dir
+from msn_jax.io import run_dir
 from msn_jax.sharding import MESH_AXES, check_batch, make_mesh, mesh_sizes
 
 ROOT = Path(__file__).parent.parent

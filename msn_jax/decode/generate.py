@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from msn_jax.config import DecodeConfig, InputError
+from msn_jax.config import DecodeConfig
 from msn_jax.decode import loop
 from msn_jax.decode.tree import TreeSet, tree_set
 from msn_jax.decode.verify import near_tie
-from msn_jax.io.checkpoint import LM
+from msn_jax.errors import InputError
+from msn_jax.io.loading import LM
 from msn_jax.io.tokenizer import decode as to_text
 from msn_jax.io.tokenizer import encode_chat, encode_text
 from msn_jax.model import forward, unembed

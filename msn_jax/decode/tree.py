@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from msn_jax.config import InputError
+from msn_jax.errors import InputError
 
 # Where the token of a node comes from. A node of depth d stands d positions after the root.
 ROOT = "root"

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from msn_jax.config import InputError, ModelConfig, first_line
+from msn_jax.errors import InputError, first_line
 from msn_jax.io.files import is_remote
 from msn_jax.io.hf import TOP_NAMES, layer_names, part_shapes, read_json, tensors
-from msn_jax.io.model_config import config_from_hf
+from msn_jax.io.published_config import config_from_hf
 from msn_jax.model import Params
+from msn_jax.model_config import ModelConfig
 
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from etils import epath
 
-from msn_jax.config import InputError, first_line
+from msn_jax.errors import InputError, first_line
 
 
 def is_remote(path: str | os.PathLike) -> bool:

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFReader, dequantize
 
-from msn_jax.config import InputError
-from msn_jax.io.model_config import config_from_gguf
+from msn_jax.errors import InputError
+from msn_jax.io.published_config import config_from_gguf
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from msn_jax.config import FAMILIES, InputError, ModelConfig, RopeScaling
+from msn_jax.errors import InputError
+from msn_jax.model_config import FAMILIES, ModelConfig, RopeScaling
 
 # Fields of config.json and the values that this model computes; the first is what a missing field stands for.
 _ONLY = {

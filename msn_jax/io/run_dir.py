@@ -30,7 +30,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 from transformers import PreTrainedTokenizerBase
 
-from msn_jax.config import InputError, RunConfig, first_line
+from msn_jax.config import RunConfig
+from msn_jax.errors import InputError, first_line
 from msn_jax.io.files import first_cause, is_remote, replace_file, writing
 
 _COMMITTED = "commit_success.txt"  # orbax writes it last

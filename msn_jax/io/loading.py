@@ -12,11 +12,12 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from msn_jax import lora
-from msn_jax.config import InputError, ModelConfig, first_line
-from msn_jax.io import gguf, hf, run, tokenizer
+from msn_jax.errors import InputError, first_line
+from msn_jax.io import gguf, hf, run_dir, tokenizer
 from msn_jax.io.files import local_files
 from msn_jax.linear import activation_dtype
 from msn_jax.model import DraftAdapter, Layer, Params, declare, unstack, unstack_layers
+from msn_jax.model_config import ModelConfig
 
 ACCEPTED = (
     "a Hugging Face directory, a .gguf file, a run directory of train.py, a hub id (org/name), or smollm2-135m-instruct"
@@ -79,7 +80,7 @@ def load(ckpt: str | Path, adapter: str | Path | None = None, dtype=jnp.float32,
     """
     if str(jnp.dtype(dtype)) not in ("float32", "bfloat16"):
         raise InputError(f"dtype {jnp.dtype(dtype)} is not supported; accepted: float32, bfloat16")
-    lm = _load_run(str(ckpt), dtype, mesh) if run.is_run(ckpt) else _load_opened(str(ckpt), dtype, mesh)
+    lm = _load_run(str(ckpt), dtype, mesh) if run_dir.is_run(ckpt) else _load_opened(str(ckpt), dtype, mesh)
     return lm if adapter is None else _adapted(lm, lora.load_adapter(adapter, lm.cfg))
 
 
@@ -91,17 +92,17 @@ def _load_opened(ckpt: str, dtype, mesh: Mesh | None) -> LM:
 
 def _load_run(folder: str, dtype, mesh: Mesh | None) -> LM:
     """The newest checkpoint of a run; of a LoRA run, its base with the adapter merged."""
-    config, files = run.read_config(folder), local_files(folder)
+    config, files = run_dir.read_config(folder), local_files(folder)
     tok, stops = tokenizer.from_folder(files)  # with the chat template that it was trained with
     stop_ids = tuple(sorted(stops | hf.stop_ids(files)))
     if config.lora.rank:
         base = load(config.model.ckpt, dtype=dtype, mesh=mesh)
-        adapter, _ = run.restore_params(
+        adapter, _ = run_dir.restore_params(
             folder, _float32(lora.declare_adapter(base.cfg, config.lora, config.noise.length))
         )
         return dataclasses.replace(_adapted(base, adapter), name=folder, tokenizer=tok, stop_ids=stop_ids)
     cfg = hf.read_config(files)
-    stacked, _ = run.restore_params(folder, _float32(declare(cfg, stacked=True)))
+    stacked, _ = run_dir.restore_params(folder, _float32(declare(cfg, stacked=True)))
     params = hf.place_params(cfg, unstack_layers(stacked), dtype, mesh)
     return LM(folder, cfg, params, tok, stop_ids)
 

@@ -1,0 +1,21 @@
+"""How input is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class InputError(ValueError):
+    """Input that cannot be honoured: one line that names what is wrong and what is accepted."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, short enough for an InputError of ours."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
+
+
+def check_fields(config: Any, prefix: str, **fields: tuple[bool, str]) -> None:
+    """Raise InputError for the first field that is not fine: name=(fine, what is accepted)."""
+    for name, (fine, accepted) in fields.items():
+        if not fine:
+            raise InputError(f"{prefix}{name} = {getattr(config, name)} is not possible; accepted: {accepted}")
