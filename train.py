@@ -38,8 +38,8 @@ from msn_jax.io.loading import open_checkpoint
 from msn_jax.io.metrics import MetricsLog, read_metrics
 from msn_jax.io.tokenizer import end_ids, from_folder
 from msn_jax.lora import merge, save_adapter
-from msn_jax.model import declare
 from msn_jax.model_config import ModelConfig
+from msn_jax.params import declare
 from msn_jax.report import check_plot, plot_metrics
 from msn_jax.rows import read_rows
 from msn_jax.shapes import SHAPES

@@ -70,7 +70,7 @@ def load(folder: Path, case: str) -> None:
     import jax
 
     from msn_jax.io import hf
-    from msn_jax.model import declare
+    from msn_jax.params import declare
     from msn_jax.sharding import make_mesh
 
     stacked, dtype, axis, devices = CASES[case]

@@ -35,7 +35,7 @@ from msn_jax.decode.generate import encode
 from msn_jax.decode.tree import EITHER, JACOBI, NOISE, TreeSet, TreeSpec, branching, chain
 from msn_jax.draft_loss import two_streams
 from msn_jax.io.tokenizer import encode_text
-from msn_jax.model import stack_layers
+from msn_jax.params import stack_layers
 from msn_jax.rows import read_rows
 
 TOKENS = 384  # longest text that is used

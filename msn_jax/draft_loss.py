@@ -12,19 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from msn_jax.model import (
-    REMAT,
-    DraftAdapter,
-    Params,
-    attention,
-    block,
-    causal_attention,
-    embed,
-    final_norm,
-    rope_angles,
-    unembed,
-)
+from msn_jax.model import REMAT, attention, block, causal_attention, embed, final_norm, rope_angles, unembed
 from msn_jax.model_config import ModelConfig
+from msn_jax.params import DraftAdapter, Params
 from msn_jax.sharding import constrain
 
 

@@ -20,8 +20,8 @@ from safetensors.numpy import save
 from msn_jax.config import LINEAR_MAPS, LoraConfig
 from msn_jax.errors import InputError
 from msn_jax.linear import HIGHEST, LowRank
-from msn_jax.model import ArraySpec, DraftAdapter, Layer, Params, declare
 from msn_jax.model_config import ModelConfig
+from msn_jax.params import ArraySpec, DraftAdapter, Layer, Params, declare
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter.safetensors"
 _INPUTS = {"qkv": 1, "o": 2, "gate_up": 1, "down": 1}  # last axes of each map's weight that are its input

@@ -2,29 +2,23 @@
 
 Shape key: B batch, T tokens in this call, S cache slots, D embed, N query heads, K kv heads, G = N/K,
 H head_dim, F mlp, V vocab, L layers.
-
-Weights are stored [out, in], as Hugging Face stores them, but q, k and v are one matrix, and so are gate and up:
-at one token a pass on CPU that takes 0.9 of the time. Each tensor is declared once (`declare`): initialisation,
-sharding and import all follow from that.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import Array
-from jax.sharding import Mesh
 
+from msn_jax.cache import KVCache
 from msn_jax.linear import HIGHEST, adapted, linear
 from msn_jax.model_config import ModelConfig
-from msn_jax.sharding import constrain, sharding
+from msn_jax.params import DraftAdapter, Layer, Params
+from msn_jax.sharding import constrain
 
 QUERY_BLOCK = (128, 1024)  # least and most tokens of a row that attend at one time, in training
 MASKED = -1e30  # finite: a row with nothing to attend to gives a mean, never a nan
@@ -33,171 +27,6 @@ REMAT = {
     "dots": partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
     "full": jax.checkpoint,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class ArraySpec:
-    """One tensor: its shape, logical axes (None: never split), and how it starts."""
-
-    shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
-    init: str = "normal"  # normal, zeros, ones
-
-
-@struct.dataclass
-class Layer:
-    attn_norm: Array  # [D]
-    qkv: Array  # [K, G+2, H, D]: by kv head its query heads, its key, its value, so that it splits over K
-    o: Array  # [D, N, H]
-    mlp_norm: Array  # [D]
-    gate_up: Array  # [2, F, D]; without a gate [F, D]
-    down: Array  # [D, F]
-    # What only some families have; None elsewhere.
-    attn_norm_bias: Array | None = None  # [D]
-    qkv_bias: Array | None = None  # [K, G+2, H]
-    q_norm: Array | None = None  # [H]
-    k_norm: Array | None = None  # [H]
-    o_bias: Array | None = None  # [D]
-    mlp_norm_bias: Array | None = None  # [D]
-    gate_up_bias: Array | None = None  # [2, F] or [F]
-    down_bias: Array | None = None  # [D]
-
-
-@struct.dataclass
-class Params:
-    embed: Array  # [V, D]
-    # L of them to decode: a scan over stacked weights would copy each layer's on CPU. One Layer of arrays [L, ...] to
-    # train: the program does not grow with the depth, and each layer's activations can be recomputed.
-    layers: tuple[Layer, ...] | Layer
-    final_norm: Array  # [D]
-    unembed: Array | None  # [V, D]; None where it is tied to embed
-    final_norm_bias: Array | None = None  # [D]
-
-
-@struct.dataclass
-class DraftAdapter:
-    """An adapter for noise positions alone: everywhere else the model stays what it is, to the last bit."""
-
-    layers: tuple[Layer, ...] | Layer  # of LowRank
-    noise_embed: Array  # [J, D]: what enters at noise of depth 1..J, in place of a token's embedding
-
-
-@struct.dataclass
-class KVCache:
-    """Keys (after rope) and values of the tokens so far. Slot i of a row holds its token at position i."""
-
-    k: tuple[Array, ...]  # L arrays of [B, K, S, H]
-    v: tuple[Array, ...]  # L arrays of [B, K, S, H]
-    length: Array  # int32[B]: slots at and above it are unspecified and never read
-
-
-def declare(cfg: ModelConfig, stacked: bool = False) -> Params:
-    """Params with an ArraySpec for every tensor; stacked as for training, or one Layer after the other."""
-    D, N, K, H, F, V = cfg.embed, cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.mlp, cfg.vocab_size
-    maps, split = ((2,), (None,)) if cfg.activation == "swiglu" else ((), ())  # gate and up, or up alone
-    scale, head_scale = ArraySpec((D,), (None,), "ones"), ArraySpec((H,), (None,), "ones")
-    bias = lambda wanted, shape=(D,), axes=(None,): ArraySpec(shape, axes, "zeros") if wanted else None
-    layer = Layer(
-        attn_norm=scale,
-        qkv=ArraySpec((K, cfg.group + 2, H, D), ("kv_heads", None, None, "embed")),
-        o=ArraySpec((D, N, H), ("embed", "heads", None)),
-        mlp_norm=scale,
-        gate_up=ArraySpec((*maps, F, D), (*split, "mlp", "embed")),
-        down=ArraySpec((D, F), ("embed", "mlp")),
-        attn_norm_bias=bias(cfg.norm == "layer"),
-        qkv_bias=bias(cfg.qkv_bias, (K, cfg.group + 2, H), ("kv_heads", None, None)),
-        q_norm=head_scale if cfg.qk_norm else None,
-        k_norm=head_scale if cfg.qk_norm else None,
-        o_bias=bias(cfg.o_bias),
-        mlp_norm_bias=bias(cfg.norm == "layer"),
-        gate_up_bias=bias(cfg.mlp_bias, (*maps, F), (*split, "mlp")),
-        down_bias=bias(cfg.mlp_bias),
-    )
-    vocab = ArraySpec((V, D), ("vocab", "embed"))
-    stack = lambda s: ArraySpec((cfg.layers, *s.shape), (None, *s.axes), s.init)
-    return Params(
-        embed=vocab,
-        layers=jax.tree.map(stack, layer) if stacked else (layer,) * cfg.layers,
-        final_norm=scale,
-        unembed=None if cfg.tie_embeddings else vocab,
-        final_norm_bias=bias(cfg.norm == "layer"),
-    )
-
-
-def shaped(specs, mesh: Mesh, dtype):
-    """ShapeDtypeStructs, placed on the mesh, for a tree of ArraySpecs."""
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype, sharding=sharding(s.axes, s.shape, mesh)), specs)
-
-
-def parameter_count(specs) -> int:
-    """Numbers in a tree of ArraySpecs, or of anything with a shape."""
-    return sum(math.prod(s.shape) for s in jax.tree.leaves(specs))
-
-
-def init(key: Array, cfg: ModelConfig, dtype=jnp.float32) -> Params:
-    """Random weights: norms at one, biases at zero, the rest normal with standard deviation 1/sqrt(fan in)."""
-    leaves, treedef = jax.tree.flatten(declare(cfg))
-
-    def one(key, spec: ArraySpec):
-        if spec.init != "normal":
-            return jnp.full(spec.shape, spec.init == "ones", dtype)
-        std = 1 / math.sqrt(math.prod(spec.shape) / spec.shape[0] if spec.axes[0] == "embed" else cfg.embed)
-        return (std * jax.random.normal(key, spec.shape)).astype(dtype)
-
-    return jax.tree.unflatten(treedef, [one(k, s) for k, s in zip(jax.random.split(key, len(leaves)), leaves)])
-
-
-def stack_layers(params: Params) -> Params:
-    """The form for training; each array [L, ...]."""
-    return params.replace(layers=jax.tree.map(lambda *arrays: jnp.stack(arrays), *params.layers))
-
-
-def unstack_layers(params: Params) -> Params:
-    """The form for decoding: a tuple of layers."""
-    return params.replace(layers=unstack(params.layers))
-
-
-def unstack(layers: Layer) -> tuple[Layer, ...]:
-    """One Layer of arrays [L, ...], weights or an adapter, as L of them."""
-    fields, treedef = jax.tree.flatten(layers)
-    return tuple(jax.tree.unflatten(treedef, layer) for layer in zip(*map(list, fields), strict=True))
-
-
-def cache_spec(cfg: ModelConfig, batch: int, slots: int) -> KVCache:
-    """KVCache with an ArraySpec for every array."""
-    kv = ArraySpec((batch, cfg.kv_heads, slots, cfg.head_dim), ("batch", "kv_heads", None, None))
-    return KVCache(k=(kv,) * cfg.layers, v=(kv,) * cfg.layers, length=ArraySpec((batch,), ("batch",)))
-
-
-def init_cache(cfg: ModelConfig, batch: int, slots: int, dtype=jnp.float32) -> KVCache:
-    """An empty cache."""
-    shape = (batch, cfg.kv_heads, slots, cfg.head_dim)
-    kv = lambda: tuple(constrain(jnp.zeros(shape, dtype), "batch", "kv_heads", None, None) for _ in range(cfg.layers))
-    return KVCache(k=kv(), v=kv(), length=jnp.zeros(batch, jnp.int32))
-
-
-def write_cache(cache: KVCache, new: tuple[tuple[Array, Array], ...], length: Array) -> KVCache:
-    """Store `new` (per layer k, v [B, K, E, H]) at slots length[b] .. length[b] + E - 1; lengths stay.
-
-    The slots must exist: an update that would pass the end is moved back by XLA, over earlier tokens.
-    """
-
-    def write(old, kv):
-        if old.shape[0] == 1:
-            return jax.lax.dynamic_update_slice(old, kv, (0, 0, length[0], 0))
-        return jax.vmap(lambda o, n, at: jax.lax.dynamic_update_slice(o, n, (0, at, 0)))(old, kv, length)
-
-    def write_bits(old, kv):
-        # XLA:CPU would widen a whole cache of bfloat16 for it, and round it again.
-        bits = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.uint16)
-        return jax.lax.bitcast_convert_type(write(bits(old), bits(kv)), jnp.bfloat16)
-
-    def store(old, kv):
-        on_cpu = write_bits if old.dtype == jnp.bfloat16 else write
-        return jax.lax.platform_dependent(old, kv.astype(old.dtype), cpu=on_cpu, default=write)
-
-    k, v = zip(*new, strict=True)
-    return cache.replace(k=jax.tree.map(store, cache.k, k), v=jax.tree.map(store, cache.v, v))
 
 
 def norm(x: Array, scale: Array, bias: Array | None, eps: float) -> Array:

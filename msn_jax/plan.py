@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from msn_jax import train_step
+from msn_jax.cache import cache_spec
 from msn_jax.config import DecodeConfig, RunConfig
 from msn_jax.decode import loop
 from msn_jax.decode.tree import TreeSet, tree_set
@@ -26,8 +27,9 @@ from msn_jax.errors import InputError, first_line
 from msn_jax.io import hf
 from msn_jax.io.gguf import GGUFSource
 from msn_jax.io.loading import resolve
-from msn_jax.model import QUERY_BLOCK, cache_spec, declare, parameter_count, shaped
+from msn_jax.model import QUERY_BLOCK
 from msn_jax.model_config import ModelConfig
+from msn_jax.params import declare, parameter_count, shaped
 from msn_jax.shapes import SHAPES
 from msn_jax.sharding import MESH_AXES, check_batch, make_mesh, mesh_sizes, sharding
 

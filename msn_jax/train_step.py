@@ -17,9 +17,10 @@ from jax.sharding import Mesh
 from msn_jax.config import LINEAR_MAPS, NoiseConfig, RunConfig, TrainConfig
 from msn_jax.draft_loss import draft_loss_sums, draw_anchors
 from msn_jax.lora import declare_adapter, init_adapter
-from msn_jax.model import ArraySpec, DraftAdapter, Layer, Params, declare, forward, init, shaped, stack_layers, unembed
+from msn_jax.model import forward, unembed
 from msn_jax.model_config import ModelConfig
 from msn_jax.noise import fill_noise, noise_depth, segment_length
+from msn_jax.params import ArraySpec, DraftAdapter, Layer, Params, declare, init, shaped, stack_layers
 from msn_jax.sharding import constrain
 
 # Columns of the sums that a step returns, by depth (row 0: clean positions, row j: noise of depth j).

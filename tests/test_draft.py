@@ -17,7 +17,7 @@ from msn_jax.decode import TreeSet, init_state, prefill, step, tree_set
 from msn_jax.decode.tree import EITHER, branching, chain
 from msn_jax.draft_loss import draft_loss_sums, draw_anchors, two_streams
 from msn_jax.lora import init_adapter, load_adapter, save_adapter
-from msn_jax.model import stack_layers, unstack
+from msn_jax.params import stack_layers, unstack
 
 DEPTHS = 3
 LORA = LoraConfig(rank=2, draft_only=True)

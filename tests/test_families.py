@@ -14,13 +14,14 @@ from transformers import PreTrainedTokenizerFast
 
 import msn_jax
 from msn_jax import InputError, model, train_step, unembed
+from msn_jax.cache import init_cache, write_cache
 from msn_jax.config import LINEAR_MAPS, LoraConfig, TrainConfig
 from msn_jax.decode import tree_set
 from msn_jax.io import hf
 from msn_jax.io.export import export_hf, hf_config
 from msn_jax.io.published_config import config_from_hf
 from msn_jax.lora import init_adapter, merge
-from msn_jax.model import declare, init_cache, parameter_count, stack_layers, write_cache
+from msn_jax.params import declare, parameter_count, stack_layers
 from msn_jax.shapes import SHAPES
 
 forward = jax.jit(msn_jax.forward, static_argnums=1)
@@ -280,7 +281,7 @@ def test_real_configs_trace(name):
     """Every family at its real size, prefill and a tree pass, without weights: the shapes alone."""
     cfg, spec = SHAPES[name], lambda s: jax.ShapeDtypeStruct(s.shape, jnp.bfloat16)
     params = jax.tree.map(spec, declare(cfg, stacked=True))
-    made = jax.eval_shape(lambda: stack_layers(model.init(jax.random.key(0), cfg, jnp.bfloat16)))
+    made = jax.eval_shape(lambda: stack_layers(msn_jax.init(jax.random.key(0), cfg, jnp.bfloat16)))
     assert jax.tree.map(lambda a: a.shape, made) == jax.tree.map(lambda a: a.shape, params)
     tokens = jax.ShapeDtypeStruct((2, 8192), jnp.int32)
     hidden, (k, _) = jax.eval_shape(lambda p, t: msn_jax.forward(p, cfg, t, t, segments=t), params, tokens)

@@ -9,9 +9,9 @@ import pytest
 from conftest import GOLDENS, decode_all
 
 from msn_jax import DecodeConfig, InputError, ModelConfig, forward, generate
+from msn_jax.cache import init_cache, write_cache
 from msn_jax.decode import TREE_SETS, TreeSet, TreeSpec, init_state, loop, prefill, run, tree_set, verify
 from msn_jax.decode.tree import EITHER, JACOBI, RETRIEVAL, ROOT, branching, chain
-from msn_jax.model import init_cache, write_cache
 from msn_jax.plan import cache_copies
 
 RNG = np.random.default_rng(0)

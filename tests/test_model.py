@@ -8,10 +8,11 @@ from conftest import GOLDENS
 
 import msn_jax
 from msn_jax import InputError, unembed
+from msn_jax.cache import init_cache, write_cache
 from msn_jax.io import hf
 from msn_jax.io.published_config import config_from_hf
 from msn_jax.linear import linear
-from msn_jax.model import init_cache, rope_frequencies, write_cache
+from msn_jax.model import rope_frequencies
 
 forward = jax.jit(msn_jax.forward, static_argnums=1)
 TINY = sorted(path.name for path in GOLDENS.glob("tiny_*"))

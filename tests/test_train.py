@@ -173,7 +173,7 @@ import jax, numpy as np
 from msn_jax import ModelConfig, NoiseConfig, generate, init, load, train_step
 from msn_jax.config import DataConfig, DataSource, LoraConfig, ModelStart, RunConfig, TrainConfig
 from msn_jax.io import hf
-from msn_jax.model import stack_layers
+from msn_jax.params import stack_layers
 from msn_jax.sharding import make_mesh
 
 assert jax.device_count() == 8

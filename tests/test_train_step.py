@@ -8,7 +8,8 @@ import pytest
 from msn_jax import NoiseConfig, forward, train_step
 from msn_jax.config import DataConfig, DataSource, LoraConfig, ModelStart, RunConfig, TrainConfig
 from msn_jax.lora import init_adapter, merge
-from msn_jax.model import rope_frequencies, stack_layers, unstack_layers
+from msn_jax.model import rope_frequencies
+from msn_jax.params import stack_layers, unstack_layers
 from msn_jax.sharding import make_mesh
 
 NO_NOISE = NoiseConfig(kind="none")

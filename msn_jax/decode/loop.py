@@ -15,13 +15,15 @@ import numpy as np
 from flax import struct
 from jax import Array
 
+from msn_jax.cache import KVCache, init_cache, write_cache
 from msn_jax.config import DecodeConfig
 from msn_jax.decode import draft, verify
 from msn_jax.decode.tree import TreeSet, TreeSpec
 from msn_jax.errors import InputError
 from msn_jax.linear import activation_dtype
-from msn_jax.model import DraftAdapter, KVCache, Params, forward, init_cache, unembed, write_cache
+from msn_jax.model import forward, unembed
 from msn_jax.model_config import ModelConfig
+from msn_jax.params import DraftAdapter, Params
 
 MAX_STOP_IDS = 16
 DRAFT_STREAM = 2**32 - 1  # no request has this index: the noise of drafts never meets that of samples

@@ -19,8 +19,8 @@ from msn_jax.errors import InputError, first_line
 from msn_jax.io.files import is_remote
 from msn_jax.io.hf import TOP_NAMES, layer_names, part_shapes, read_json, tensors
 from msn_jax.io.published_config import config_from_hf
-from msn_jax.model import Params
 from msn_jax.model_config import ModelConfig
+from msn_jax.params import Params
 
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",

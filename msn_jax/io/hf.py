@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 
 from msn_jax.errors import InputError
 from msn_jax.io.published_config import config_from_hf
-from msn_jax.model import ArraySpec, Layer, Params, declare
 from msn_jax.model_config import ModelConfig
+from msn_jax.params import ArraySpec, Layer, Params, declare
 from msn_jax.sharding import sharding
 
 # Our field -> the tensors that it holds, joined along the axis that follows. A family has those of its config.

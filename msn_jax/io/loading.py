@@ -16,8 +16,8 @@ from msn_jax.errors import InputError, first_line
 from msn_jax.io import gguf, hf, run_dir, tokenizer
 from msn_jax.io.files import local_files
 from msn_jax.linear import activation_dtype
-from msn_jax.model import DraftAdapter, Layer, Params, declare, unstack, unstack_layers
 from msn_jax.model_config import ModelConfig
+from msn_jax.params import DraftAdapter, Layer, Params, declare, unstack, unstack_layers
 
 ACCEPTED = (
     "a Hugging Face directory, a .gguf file, a run directory of train.py, a hub id (org/name), or smollm2-135m-instruct"

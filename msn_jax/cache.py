@@ -1,0 +1,63 @@
+"""The keys and values of the tokens so far.
+
+Shape key: B batch, S cache slots, E tokens to store, K kv heads, H head_dim, L layers.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from msn_jax.model_config import ModelConfig
+from msn_jax.params import ArraySpec
+from msn_jax.sharding import constrain
+
+
+@struct.dataclass
+class KVCache:
+    """Keys (after rope) and values of the tokens so far. Slot i of a row holds its token at position i."""
+
+    k: tuple[Array, ...]  # L arrays of [B, K, S, H]
+    v: tuple[Array, ...]  # L arrays of [B, K, S, H]
+    length: Array  # int32[B]: slots at and above it are unspecified and never read
+
+
+def cache_spec(cfg: ModelConfig, batch: int, slots: int) -> KVCache:
+    """KVCache with an ArraySpec for every array."""
+    kv = ArraySpec((batch, cfg.kv_heads, slots, cfg.head_dim), ("batch", "kv_heads", None, None))
+    return KVCache(k=(kv,) * cfg.layers, v=(kv,) * cfg.layers, length=ArraySpec((batch,), ("batch",)))
+
+
+def init_cache(cfg: ModelConfig, batch: int, slots: int, dtype=jnp.float32) -> KVCache:
+    """An empty cache."""
+    shape = (batch, cfg.kv_heads, slots, cfg.head_dim)
+    kv = lambda: tuple(constrain(jnp.zeros(shape, dtype), "batch", "kv_heads", None, None) for _ in range(cfg.layers))
+    return KVCache(k=kv(), v=kv(), length=jnp.zeros(batch, jnp.int32))
+
+
+def write_cache(cache: KVCache, new: tuple[tuple[Array, Array], ...], length: Array) -> KVCache:
+    """Store `new` (per layer k, v [B, K, E, H]) at slots length[b] .. length[b] + E - 1; lengths stay.
+
+    The slots must exist: an update that would pass the end is moved back by XLA, over earlier tokens.
+    """
+
+    def write(old, kv):
+        if old.shape[0] == 1:
+            return jax.lax.dynamic_update_slice(old, kv, (0, 0, length[0], 0))
+        return jax.vmap(lambda o, n, at: jax.lax.dynamic_update_slice(o, n, (0, at, 0)))(old, kv, length)
+
+    def write_bits(old, kv):
+        # XLA:CPU would widen a whole cache of bfloat16 for it, and round it again.
+        bits = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.uint16)
+        return jax.lax.bitcast_convert_type(write(bits(old), bits(kv)), jnp.bfloat16)
+
+    def store(old, kv):
+        on_cpu = write_bits if old.dtype == jnp.bfloat16 else write
+        return jax.lax.platform_dependent(old, kv.astype(old.dtype), cpu=on_cpu, default=write)
+
+    k, v = zip(*new, strict=True)
+    return cache.replace(k=jax.tree.map(store, cache.k, k), v=jax.tree.map(store, cache.v, v))
