@@ -15,7 +15,6 @@ import sys
 import textwrap
 from pathlib import Path
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would tell on every start that torch is missing
 if "--plan" in sys.argv:
     # The TPU compiler needs no TPU, but must not look for one.
     os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")

@@ -13,7 +13,6 @@ import sys
 import time
 from functools import partial
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would tell on every start that torch is missing
 if "--plan" in sys.argv:
     # The TPU compiler needs no TPU, but must not look for one.
     os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1")

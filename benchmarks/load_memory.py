@@ -22,7 +22,9 @@ import threading
 from pathlib import Path
 
 import numpy as np
-from record import run_record
+
+from msn_jax.errors import run_command
+from msn_jax.records import print_record
 
 SHARDS = 4
 # Name: (stacked for training, dtype, mesh axis to split over, devices).
@@ -128,8 +130,8 @@ def main() -> None:
             sizes += [row[name] / 1e9 for name in ("peak_bytes", "peak_anonymous_bytes", "limit_bytes")]
             print(f"{case:<18} {sizes[0]:>8.2f} {sizes[1]:>6.2f} {sizes[2]:>6.2f} {sizes[3]:>6.2f}", end=" ")
             print(f"{sizes[4]:>10.2f} {sizes[5]:>6.2f}{'' if sizes[3] <= sizes[5] else ' exceeded'}", flush=True)
-    print(json.dumps(run_record() | {"shape": args.shape, "cases": rows}))
+    print_record(shape=args.shape, cases=rows)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

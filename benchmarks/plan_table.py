@@ -9,12 +9,15 @@ each on two cores.
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import yaml
+
+from msn_jax.errors import run_command
 
 ROOT = Path(__file__).parent.parent
 TABLE, ROWS = ROOT / "docs" / "plan.md", ROOT / "docs" / "plan.jsonl"
@@ -82,7 +85,10 @@ def write(rows: dict[str, dict]) -> None:
 
 
 def main() -> None:
-    named = [name if "@" in name else str(Path(name).resolve()) for name in sys.argv[1:]]
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("names", nargs="*", help="configs, or SHAPE@TOPOLOGY to decode; none: all training configs")
+    names = p.parse_args().names
+    named = [name if "@" in name else str(Path(name).resolve()) for name in names]
     rows = {r["config"]: r for r in map(json.loads, ROWS.read_text().splitlines())} if ROWS.exists() else {}
     for name in named or map(str, sorted((ROOT / "configs").glob("*.yaml"))):
         meant = {} if "@" in name else yaml.safe_load(Path(name).read_text()).get("mesh", {})
@@ -93,4 +99,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

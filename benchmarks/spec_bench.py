@@ -11,21 +11,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
-import json
-import os
-import sys
 from collections import defaultdict
 from pathlib import Path
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
-from record import keep_rows, kept_rows, run_record
 from tqdm import tqdm
 
 from msn_jax import DecodeConfig, InputError, load
 from msn_jax.decode.generate import encode, generate_batches, is_near_tie
 from msn_jax.decode.tree import tree_set
+from msn_jax.errors import run_command
+from msn_jax.questions import read_questions, spread
+from msn_jax.records import keep_rows, kept_rows, print_record
 
 LOOPS = 0.2  # an output that repeats a larger share of its 4-grams is a loop
 
@@ -42,15 +38,6 @@ def parse_method(text: str, base: DecodeConfig) -> DecodeConfig:
     if batch and not batch.isdecimal():
         raise InputError(f"--methods {text}: the batch size {batch!r} is no number")
     return dataclasses.replace(base, method=method, tree=tree or None, batch_size=int(batch or 1))
-
-
-def spread(questions: list[dict], limit: int | None) -> list[dict]:
-    """The first `limit` questions when categories take turns."""
-    by_category = defaultdict(list)
-    for question in questions:
-        by_category[question["category"]].append(question)
-    turns = itertools.chain.from_iterable(itertools.zip_longest(*by_category.values()))
-    return [q for q in turns if q is not None][:limit]
 
 
 def repeated_4grams(tokens: list[int]) -> float:
@@ -94,24 +81,6 @@ def print_table(title: str, methods: dict) -> None:
             f"{name:<22} {f['tokens_per_s']:>8.1f} {f['ratio_to_ar']:>6.2f} {f['mat']:>5.2f} {f['mat_no_loops']:>8.2f}"
             f" {f['rep4_frac']:>5.2f} {f['identical']:>5} {f['near_ties']:>4} {f['different']:>4}"
         )
-
-
-def read_questions(path: str) -> list[dict]:
-    """Raises InputError with the line number of a row that is no question."""
-    questions = []
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = list(file)
-    except (OSError, UnicodeError) as e:
-        raise InputError(f"--questions {path}: cannot be read ({e})") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            question = json.loads(line)
-            assert question["turns"] and all(isinstance(turn, str) for turn in question["turns"])
-            questions.append({key: question[key] for key in ("question_id", "category", "turns")})
-        except (ValueError, KeyError, TypeError, AssertionError):
-            raise InputError(f"{path} line {number}: not JSON with question_id, category, turns") from None
-    return questions
 
 
 def read_done(path: Path | None, run: dict) -> list[list[dict]]:
@@ -224,21 +193,8 @@ def main() -> None:
         print_table(category, methods)
     overall = table(rows)
     print_table("overall", overall)
-    print(
-        json.dumps(
-            {
-                **run_record(),
-                "dtype": args.dtype,
-                "seed": args.seed,
-                "methods": overall,
-                "categories": categories,
-            }
-        )
-    )
+    print_record(dtype=args.dtype, seed=args.seed, methods=overall, categories=categories)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as e:
-        sys.exit(f"spec_bench.py: error: {e}")
+    run_command(main)

@@ -10,22 +10,19 @@ the best rate that any of several plain reads reaches in the same run.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
 import time
 from functools import partial
-
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from record import run_record
 
 from msn_jax import DecodeConfig, InputError, init, load
 from msn_jax.decode import TreeSet, init_state, loop, tree_set
 from msn_jax.decode.tree import JACOBI, chain
+from msn_jax.errors import run_command
+from msn_jax.records import print_record
 from msn_jax.shapes import SHAPES
 
 
@@ -123,25 +120,17 @@ def main() -> None:
         }
         row = rows[name]
         print(f"{name:>8} {row['ms']:>9.1f} {row['min_ms']:>7.1f} {ratio:>8.2f} {row['ratio_to_floor']:>8.2f}")
-    print(
-        json.dumps(
-            {
-                **run_record(),
-                "xla_flags": os.environ.get("XLA_FLAGS", ""),
-                "dtype": args.dtype,
-                "batch_size": args.batch_size,
-                "slots": args.slots,
-                "floor_ms": round(1e3 * floor, 2),
-                "read_gb_per_s": round(bytes_per_s / 1e9, 2),
-                "first_ms": round(1e3 * float(one), 2),
-                "nodes": rows,
-            }
-        )
+    print_record(
+        xla_flags=os.environ.get("XLA_FLAGS", ""),
+        dtype=args.dtype,
+        batch_size=args.batch_size,
+        slots=args.slots,
+        floor_ms=round(1e3 * floor, 2),
+        read_gb_per_s=round(bytes_per_s / 1e9, 2),
+        first_ms=round(1e3 * float(one), 2),
+        nodes=rows,
     )
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as e:
-        sys.exit(f"step_cost.py: error: {e}")
+    run_command(main)

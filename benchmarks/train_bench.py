@@ -11,24 +11,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from record import run_record
 
 from msn_jax import InputError, train_step
 from msn_jax.config import DataConfig, DataSource, ModelStart, NoiseConfig, RunConfig, TrainConfig
+from msn_jax.errors import run_command
 from msn_jax.io import export, hf
 from msn_jax.io.loading import open_checkpoint
+from msn_jax.records import print_record
 from msn_jax.shapes import SHAPES
 from msn_jax.sharding import make_mesh
 
@@ -189,11 +187,8 @@ def main() -> None:
         row["ratio_to_torch"] = row["tokens_per_s"] / row["torch_tokens_per_s"]
         row["torch_first_loss"] = losses[0]
         print(f"torch: {row['torch_tokens_per_s']:.0f} tokens/s; ours is {row['ratio_to_torch']:.2f} times that")
-    print(json.dumps(run_record() | {"dtype": args.dtype, "remat": args.remat} | row))
+    print_record(dtype=args.dtype, remat=args.remat, **row)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as e:
-        sys.exit(f"train_bench.py: error: {e}")
+    run_command(main)

@@ -54,11 +54,9 @@ def main() -> None:
     if args.serve:
         return serve_torch(args.ckpt, args.max_new_tokens)
 
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from record import run_record
-
     from msn_jax import DecodeConfig, load
     from msn_jax.decode.generate import encode, generate_batches
+    from msn_jax.records import print_record
 
     lm = load(args.ckpt)
     command = [
@@ -95,8 +93,6 @@ def main() -> None:
     torch.stdin.close()
     mean = lambda values: len(values) / sum(1 / v for v in values)
     figures = {
-        **run_record(),
-        "dtype": "float32",
         "ar_tokens_per_s": round(mean(ours), 2),
         "torch_tokens_per_s": round(mean(theirs), 2),
         "ratio_to_torch": round(mean(ours) / mean(theirs), 3),
@@ -108,7 +104,7 @@ def main() -> None:
     }
     for name, value in figures.items():
         print(f"{name:<24} {value}")
-    print(json.dumps(figures))
+    print_record(dtype="float32", **figures)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,6 @@ def main() -> None:
     args = p.parse_args()
     if args.torch_side:
         return torch_side(str(args.ckpt), args.torch_side)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     with tempfile.TemporaryDirectory() as scratch:
         ckpts = [args.ckpt] if args.ckpt else export_tiny(Path(scratch))
         sys.exit(0 if all([compare(ckpt, args.torch_python) for ckpt in ckpts]) else 1)

@@ -10,7 +10,6 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile much and run little: without LLVM's optimisation they take 0.7 of the time.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # What one worker, or a script that a test starts, has compiled, the others read. A bound on its size makes jax lock
 # the folder, without which two processes could meet over half an entry.
 if "PYTEST_XDIST_WORKER" not in os.environ:

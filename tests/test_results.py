@@ -3,11 +3,13 @@
 import json
 
 import pytest
-from record import keep_rows, kept_rows
-from spec_bench import read_done, split_method
 
-import results
+from benchmarks.spec_bench import read_done, split_method
+from experiments import results
+from experiments.arms import without_noise
+from experiments.statistics import accuracy_difference, mat_interval, mat_ratio
 from msn_jax import InputError
+from msn_jax.records import keep_rows, kept_rows
 
 
 def answers(method, rows):
@@ -25,7 +27,7 @@ def arm(name, jacobi, right, loss, seed=0, batch=""):
     return {
         "arm": name,
         "seed": seed,
-        "command": f"python benchmarks/evidence.py --arm {name} --seed {seed}",
+        "command": f"python -m experiments.evidence --arm {name} --seed {seed}",
         "commit": "abc",
         "device": "cpu x1, 2 cores",
         "speed": {
@@ -53,7 +55,6 @@ def arm(name, jacobi, right, loss, seed=0, batch=""):
 def written(tmp_path, monkeypatch):
     """The rows of RESULTS.md, as lists of cells; the folder."""
     monkeypatch.setattr(results, "ROOT", tmp_path)
-    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
     (tmp_path / "results").mkdir()
     plain = arm("plain", [(1, 30, 20, 0.0), (2, 30, 20, 0.0)], ["a", "b"], 2.0)
     # Half again as many tokens a pass; the third question loops and counts nowhere but in the mean of all.
@@ -66,6 +67,7 @@ def written(tmp_path, monkeypatch):
     ]
     for result in (plain, paper, *again):
         (tmp_path / "results" / f"{result['arm']}-seed{result['seed']}.json").write_text(json.dumps(result))
+    monkeypatch.setattr("sys.argv", ["results.py"])
     results.main()
     lines = (tmp_path / "RESULTS.md").read_text().splitlines()
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")], tmp_path
@@ -83,7 +85,7 @@ def test_figures_are_those_of_the_arms(written):
     # Right where plain is wrong twice, wrong where it is right once: one of four items more.
     assert [r[4].split()[0] for r in rows if r[:2] == ["paper-seed0", "gsm8k"]] == ["25.0"]
     assert [r[4] for r in rows if r[:2] == ["paper-seed0", "mmlu"]] == ["-"]
-    assert "not run here (`python benchmarks/evidence.py --arm NAME`): untouched, several," in (
+    assert "not run here (`python -m experiments.evidence --arm NAME`): untouched, several," in (
         (folder / "RESULTS.md").read_text()
     )
     for name in ("mat_by_category", "accepted_lengths", "accuracy_by_depth", "loss_difference"):
@@ -102,17 +104,17 @@ def test_seeds_count_together_question_by_question(written):
 def test_a_method_names_its_tree_and_its_batch():
     assert split_method("tr-jacobi:small13@4") == ("tr-jacobi", "small13", "4")
     assert split_method("ar@4") == ("ar", "", "4")
-    assert results.without_noise("tr-jacobi:small13@4") and not results.without_noise("tr-jacobi:draft16@4")
-    assert not results.without_noise("tr-jacobi@4")  # its default trees may have noise
+    assert without_noise("tr-jacobi:small13@4") and not without_noise("tr-jacobi:draft16@4")
+    assert not without_noise("tr-jacobi@4")  # its default trees may have noise
 
 
 def test_intervals_cover_what_resampling_gives():
     two = {1: (30, 10), 2: (10, 10)}
-    assert results.mat_interval(two) == (2.0, 1.0, 3.0)
-    assert results.mat_ratio(two, {1: (10, 10), 2: (10, 10)}) == (2.0, 1.0, 3.0)
+    assert mat_interval(two) == (2.0, 1.0, 3.0)
+    assert mat_ratio(two, {1: (10, 10), 2: (10, 10)}) == (2.0, 1.0, 3.0)
     base = {"items": 100, "correct_items": [str(i) for i in range(50)]}
     better = {"items": 100, "correct_items": [str(i) for i in range(60)]}
-    middle, low, high = results.accuracy_difference(better, base)
+    middle, low, high = accuracy_difference(better, base)
     # Ten of a hundred differ: the deviation of their share is sqrt(0.1 * 0.9 / 100) = 0.03.
     assert middle == 10 and 3 < low < 6 and 14 < high < 18
 

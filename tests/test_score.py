@@ -1,10 +1,10 @@
-"""Likelihoods against torch's logits, and the judges of benchmarks/tasks.py against cases by hand."""
+"""Likelihoods against torch's logits, and the judges of evals/tasks.py against cases by hand."""
 
 import numpy as np
 import pytest
-import tasks
 from conftest import GOLDENS
 
+from evals import tasks
 from msn_jax import LM, InputError
 from msn_jax.io import hf
 from msn_jax.score import loglikelihoods

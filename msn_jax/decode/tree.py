@@ -237,7 +237,7 @@ _TREES = (
     branching("small13", 5, {(): 3, (0,): 2, (0, 0): 1, (1,): 1}),
     branching("msn69", 5, _MEDUSA_63),
     # For a draft-only adapter: noise under the root and under the drafts most likely to end the accepted path. Found
-    # by simulation (benchmarks/tree_search.py, LOG.md).
+    # by simulation (experiments/tree_search.py, LOG.md).
     branching("draft6", 0, {(): 2}, noise={(): 1, (0,): 1, (1,): 1}),
     branching("draft8", 0, {(): 3}, noise={(): 1, (0,): 1, (1,): 1, (2,): 1}),
     branching("draft8mix", 2, {(): 2}, noise={(): 1, (0,): 1, (1,): 1}),

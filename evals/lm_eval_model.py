@@ -1,6 +1,6 @@
 """A model of this package for EleutherAI's lm-evaluation-harness; needs the eval extra.
 
-    python benchmarks/lm_eval_model.py --ckpt CKPT --tasks arc_easy,hellaswag [--limit N]
+    python -m evals.lm_eval_model --ckpt CKPT --tasks arc_easy,hellaswag [--limit N]
 
 Or hand `HarnessLM(ckpt)` to `lm_eval.simple_evaluate(model=...)`.
 """
@@ -8,19 +8,19 @@ Or hand `HarnessLM(ckpt)` to `lm_eval.simple_evaluate(model=...)`.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Sequence
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from record import run_record
-
+try:
+    from lm_eval import simple_evaluate
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+except ModuleNotFoundError as e:
+    sys.exit(f"lm_eval_model.py: error: {e}; pip install -e '.[eval]' brings lm-eval")
 from msn_jax import InputError, generate, load
+from msn_jax.errors import run_command
+from msn_jax.records import print_record
 from msn_jax.score import loglikelihoods
 
 
@@ -106,8 +106,6 @@ class HarnessLM(TemplateLM):
 
 
 def main() -> None:
-    from lm_eval import simple_evaluate
-
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--ckpt", required=True)
     p.add_argument("--adapter", help="directory of an adapter, see decode.py")
@@ -118,11 +116,8 @@ def main() -> None:
     args = p.parse_args()
     model = HarnessLM(args.ckpt, args.adapter, args.method)
     found = simple_evaluate(model, tasks=args.tasks.split(","), num_fewshot=args.num_fewshot, limit=args.limit)
-    print(json.dumps({**run_record(), "dtype": "float32", "seed": 0, "tasks": found["results"]}, default=str))
+    print_record(dtype="float32", seed=0, tasks=found["results"])
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as e:
-        sys.exit(f"lm_eval_model.py: error: {e}")
+    run_command(main)

@@ -1,10 +1,10 @@
 """What noise does to a real model: train one arm, then measure its speed, its acceptance and its quality.
 
-    python benchmarks/evidence.py --arm paper --seed 0 --data DIR --runs RUNS
+    python -m experiments.evidence --arm paper --seed 0 --data DIR --runs RUNS
 
 Arms are those of evidence.yaml. One with a section of train.py is a normal run of it from the same weights, with the
 same rows in the same order; the others measure the base, alone or with an adapter that is there. All of it can be cut
-off and goes on with the same command. The figures go to results/ARM-seedS.json; benchmarks/results.py makes RESULTS.md
+off and goes on with the same command. The figures go to results/ARM-seedS.json; results.py makes RESULTS.md
 and plots of them.
 """
 
@@ -19,9 +19,10 @@ import sys
 from pathlib import Path
 
 import yaml
-from record import kept_rows, run_record
 
 from msn_jax import InputError
+from msn_jax.errors import run_command
+from msn_jax.records import kept_rows, run_record
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
@@ -36,9 +37,9 @@ KEPT = (
 )  # of metrics.jsonl, and all by noise depth
 
 
-def run(script: str, *args: object) -> str:
-    """A command of this repository; its output goes to the terminal, its last line comes back."""
-    command = [sys.executable, script, *map(str, args)]
+def run(*args: object) -> str:
+    """Python in this repository with `args`; its output goes to the terminal, its last line comes back."""
+    command = [sys.executable, *map(str, args)]
     print("+", " ".join(command[1:]), flush=True)
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     last = ""
@@ -46,7 +47,7 @@ def run(script: str, *args: object) -> str:
         print(line, end="", flush=True)
         last = line
     if process.wait():
-        raise InputError(f"{script} ended with {process.returncode}; its message is above")
+        raise InputError(f"{' '.join(command[1:3])} ended with {process.returncode}; its message is above")
     return last
 
 
@@ -71,7 +72,7 @@ def own_replies(plan: dict, paths: list[str], out: Path) -> None:
     """The base's replies to prompts of the sources, all of them or those that are still missing."""
     settings = {name: value for name, value in plan["own_replies"].items() if name != "sources"}
     options = [text for name, value in settings.items() for text in (f"--{name}", value)]
-    run("benchmarks/own_responses.py", "--ckpt", plan["base"], "--sources", *paths, *options, "--out", out)
+    run("-m", "experiments.own_responses", "--ckpt", plan["base"], "--sources", *paths, *options, "--out", out)
 
 
 def metrics(out: Path) -> list[dict]:
@@ -126,7 +127,7 @@ def measure_speed(plan: dict, methods: str, dtype: str, model: list[str], data: 
 def measure_tasks(plan: dict, ckpt: str, data: Path, folder: Path) -> dict:
     options = ["--ckpt", ckpt, "--data", data / "eval", "--tasks", plan["tasks"]["names"]]
     options += ["--limit", plan["tasks"]["limit"], "--out", folder / "tasks"]
-    tasks = json.loads(run("benchmarks/tasks.py", *options))["tasks"]
+    tasks = json.loads(run("-m", "evals.tasks", *options))["tasks"]
     for task in tasks:
         kept = kept_rows(folder / "tasks" / f"{task}.jsonl")
         tasks[task]["correct_items"] = [row["id"] for row in kept if row["correct"]]
@@ -170,7 +171,7 @@ def main() -> None:
 
     # Only now: asking for the device takes it, and the runs above need it. The command is without folders, which differ
     # from machine to machine.
-    command = f"python benchmarks/evidence.py --arm {args.arm} --seed {args.seed}"
+    command = f"python -m experiments.evidence --arm {args.arm} --seed {args.seed}"
     result |= run_record() | {"command": command}
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{name}.json").write_text(json.dumps(result) + "\n")
@@ -178,7 +179,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as e:
-        sys.exit(f"evidence.py: error: {e}")
+    run_command(main)

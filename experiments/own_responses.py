@@ -1,6 +1,6 @@
 """Replies of a model itself to the prompts of training data: what a draft-only adapter is best trained on.
 
-    python benchmarks/own_responses.py --ckpt smollm2-135m-instruct --sources a.jsonl b.jsonl.gz --rows 1000 \
+    python -m experiments.own_responses --ckpt smollm2-135m-instruct --sources a.jsonl b.jsonl.gz --rows 1000 \
       --out own.jsonl
 
 Writes rows of `messages`: the prompt up to the first reply of each row, and the model's greedy reply. Prompts come from
@@ -13,20 +13,17 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import sys
 from pathlib import Path
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
 import numpy as np
-from record import keep_rows, kept_rows, same_settings
-from spec_bench import LOOPS, repeated_4grams
 from tqdm import tqdm
 
-from msn_jax import DecodeConfig, InputError, load
+from benchmarks.spec_bench import LOOPS, repeated_4grams
+from msn_jax import DecodeConfig, load
 from msn_jax.config import DataSource
 from msn_jax.decode.generate import encode, generate_batches
+from msn_jax.errors import run_command
+from msn_jax.records import keep_rows, kept_rows, same_settings
 from msn_jax.rows import Unusable, read_rows, to_messages
 
 
@@ -87,7 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as e:
-        sys.exit(f"own_responses.py: error: {e}")
+    run_command(main)

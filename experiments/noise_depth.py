@@ -1,6 +1,6 @@
 """Does noise teach what decoding needs? Accuracy by noise depth on held-out text, with and without noise training.
 
-    python benchmarks/noise_depth.py --out runs/noise_depth [--config configs/tiny.yaml --seeds 0,1,2]
+    python -m experiments.noise_depth --out runs/noise_depth [--config configs/tiny.yaml --seeds 0,1,2]
 
 Trains the config once for each kind and seed (train.py, resumable) and compares, teacher-forced on the same held-out
 text with the same noise. Depth j predicts the token j + 1 places after the last clean one.
@@ -9,15 +9,15 @@ text with the same noise. Depth j predicts the token j + 1 places after the last
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
-from record import kept_rows, run_record
 
+from msn_jax.errors import run_command
 from msn_jax.io.run_dir import read_config
+from msn_jax.records import kept_rows, print_record
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,8 +55,8 @@ def main() -> None:
     for name in names:
         cells = (f"{np.mean(v):.4f} ({', '.join(f'{x:.4f}' for x in v)})" for v in (table[k][name] for k in kinds))
         print(f"{name:<20} " + "  ".join(f"{kind}: {cell}" for kind, cell in zip(kinds, cells, strict=True)))
-    print(json.dumps(run_record() | {"seeds": seeds, "kinds": table}))
+    print_record(seeds=seeds, kinds=table)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

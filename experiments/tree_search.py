@@ -1,6 +1,6 @@
 """Which trees a draft-only adapter decodes best with, by simulation on replies whose noise predictions are known.
 
-    python benchmarks/tree_search.py --ckpt smollm2-135m-instruct --adapter DIR --replies own.jsonl \
+    python -m experiments.tree_search --ckpt smollm2-135m-instruct --adapter DIR --replies own.jsonl \
       --costs 1:1,4:1.3,8:1.6,16:2.2
 
 For every place of every reply the noise's ranking of the tokens ahead is computed once; a tree is then played over the
@@ -11,21 +11,15 @@ which `step_cost.py` measures. Give replies that the adapter was not trained on.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from record import run_record
 from tqdm import tqdm
 
 from msn_jax import InputError, load, unembed
@@ -34,8 +28,10 @@ from msn_jax.decode.draft import LONGEST_MATCH
 from msn_jax.decode.generate import encode
 from msn_jax.decode.tree import EITHER, JACOBI, NOISE, TreeSet, TreeSpec, branching, chain
 from msn_jax.draft_loss import two_streams
+from msn_jax.errors import run_command
 from msn_jax.io.tokenizer import encode_text
 from msn_jax.params import stack_layers
+from msn_jax.records import print_record
 from msn_jax.rows import read_rows
 
 TOKENS = 384  # longest text that is used
@@ -206,11 +202,8 @@ def main() -> None:
                 sets.append((tokens / spent, tokens / sum(passes), least, length, tail))
     for speed, mat, least, length, tail in sorted(sets, reverse=True)[:8]:
         print(f"match {least}: chain of {length}, noise {tail} at its end: {mat:6.3f} {speed:6.3f}")
-    print(json.dumps({**run_record(), "top": top, "best_mat": max(mats.values()), "best_tree": small.name}))
+    print_record(top=top, best_mat=max(mats.values()), best_tree=small.name)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as e:
-        sys.exit(f"tree_search.py: error: {e}")
+    run_command(main)

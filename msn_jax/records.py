@@ -1,4 +1,4 @@
-"""What the benchmarks share: what a closing JSON line says of the run, and rows that outlive a run cut off."""
+"""What measurements share: what a closing JSON line says of the run, and rows that outlive a run that was cut off."""
 
 from __future__ import annotations
 
@@ -8,21 +8,35 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 
-from msn_jax import InputError
+from msn_jax.errors import InputError
+
+
+def print_record(**figures: Any) -> None:
+    """The closing line of a measurement: one JSON object of the run and its figures."""
+    print(json.dumps(run_record() | figures, default=str))
 
 
 def run_record() -> dict[str, str]:
-    """The command as typed, the commit of the code, and the device."""
-    here = Path(__file__).parent
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=here)
+    """The command as typed, the commit of the script's checkout ("" outside of one), and the device."""
+    module = sys.modules["__main__"].__spec__  # of `python -m`; None of a script
+    program = [sys.argv[0]] if module is None else ["-m", module.name]
     return {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit.stdout.strip(),
+        "command": " ".join(["python", *program, *sys.argv[1:]]),
+        "commit": _commit(Path(sys.argv[0]).resolve().parent),
         "device": f"{jax.devices()[0].device_kind} x{jax.device_count()}, {os.cpu_count()} cores{processor()}",
     }
+
+
+def _commit(folder: Path) -> str:
+    try:
+        done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=folder)
+    except OSError:  # no git, or no such folder
+        return ""
+    return done.stdout.strip()
 
 
 def processor() -> str:

@@ -1,0 +1,1 @@
+"""Speed and memory: scripts, run as `python benchmarks/NAME.py`."""

@@ -1,0 +1,1 @@
+"""What noise does to a real model: run as `python -m experiments.NAME`."""

@@ -1,0 +1,111 @@
+"""RESULTS.md and its plots, from results/*.json that evidence.py wrote.
+
+    python -m experiments.results
+
+Intervals are 95%: see statistics.py; of one accuracy Wilson's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import yaml
+
+from benchmarks.spec_bench import LOOPS
+from experiments.arms import draft_only, load_results, plain_of, plotted
+from experiments.plots import draw_plots
+from experiments.tables import (
+    against_section,
+    seeds_section,
+    speed_section,
+    table,
+    tasks_section,
+    trade_section,
+    training_section,
+)
+from msn_jax.errors import run_command
+
+ROOT = Path(__file__).parent.parent
+PLAN = Path(__file__).parent / "evidence.yaml"
+# LLaMA3-8B on the machine of the paper (Wang et al., EMNLP 2024): what is known of it with a source.
+PAPER = [
+    ["plain decoding", "42.13 tokens/s"],
+    ["trained with noise, TR-Jacobi, Spec-Bench", "91.63 tokens/s, 2.17x"],
+    ["the same on its summarization", "close to 2.8x"],
+    ["the same over both domains, chat and code", "2.3x to 2.7x"],
+    ["HumanEval and MBPP together, with noise against without", "77.0 against 76.6"],
+    ["noise length", "4 is better than 1 (little faster) and 8 (less accurate)"],
+]
+
+
+def results_text(results: dict[str, dict]) -> str:
+    """RESULTS.md."""
+    compared = plain_of(results)
+    text = ["# Results\n"]
+    text.append("Made by `python -m experiments.results` from `results/*.json`; nothing here is typed in by hand.\n")
+    text.append(
+        "Every number of a row comes from the runs of its arm, which can be cut off and go on: the commit is that of"
+        " the last part. Each command takes `--data DIR`, a folder with `sft/` and `eval/`, and `--runs DIR` besides.\n"
+    )
+    runs = [[n, f"`{r['command']}`", r["commit"], str(r["seed"]), r["device"]] for n, r in results.items()]
+    text.append(table(["arm", "command", "commit", "seed", "device"], runs))
+    planned = yaml.safe_load(PLAN.read_text(encoding="utf-8"))["arms"]
+    if missing := [arm for arm in planned if arm not in {result["arm"] for result in results.values()}]:
+        text.append(
+            "Planned and not run here (`python -m experiments.evidence --arm NAME`): " + ", ".join(missing) + ".\n"
+        )
+    text.append("## Speed and acceptance\n")
+    any_method = next(iter(plotted(next(iter(results.values())))["methods"].values()))
+    text.append(
+        f"Spec-Bench, {any_method['questions']} questions over all categories, greedy, batch 1 unless METHOD@BATCH says"
+        " otherwise; without :TREE the default trees of that commit. MAT: tokens a pass. Intervals are 95%."
+        f" An output loops when it repeats {LOOPS:.0%} of its 4-grams or more; claims rest on"
+        " those that do not. Speed: tokens/s over all questions, against `ar` of the same run, methods in turns. The"
+        " last column: outputs that equal those of `ar`, that differ first at a near tie, that differ; in bfloat16"
+        " scores are too coarse to promise the same tokens.\n"
+    )
+    text.append(speed_section(results))
+    for base in dict.fromkeys(compared.values()):
+        text.append(against_section(results, base, [name for name in compared if compared[name] == base]))
+    if pooled := seeds_section(results):
+        text.append("All seeds of an arm together, resampled by question; batches of 4 accept what single ones do.\n")
+        text.append(pooled)
+    for name in (name for name, result in results.items() if draft_only(result)):
+        text.append(
+            f"Of {name}: trees without noise leave the adapter out, so they are those of the untouched model.\n"
+        )
+        text.append(against_section(results, name, [name]))
+    if "untouched-seed0" in results:
+        text.append(against_section(results, "untouched-seed0", [n for n in results if n != "untouched-seed0"]))
+    text.append("The plots show bfloat16 where it was measured.\n")
+    text.append("![tokens a pass by category](results/mat_by_category.png)\n")
+    text.append("![accepted lengths](results/accepted_lengths.png)\n")
+    text.append("## Training\n")
+    text.append(training_section(results))
+    text.append("![right by noise depth](results/accuracy_by_depth.png)\n")
+    if compared:
+        text.append("![clean loss over plain](results/loss_difference.png)\n")
+        text.append("What noise costs and what it gives, by the share of scored tokens that stand behind it:\n")
+        text.append(trade_section(results))
+    text.append("## Tasks\n")
+    text.append("A draft-only adapter changes no answer, so it has no row.\n")
+    text.append(tasks_section(results))
+    text.append("## The paper's figures\n")
+    text.append("Another model on another machine, to be read beside ours, not against them.\n")
+    text.append(table(["LLaMA3-8B", ""], PAPER))
+    return "\n".join(text)
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
+    results = load_results(ROOT / "results")
+    plots = draw_plots(results, ROOT / "results")
+    (ROOT / "RESULTS.md").write_text(results_text(results), encoding="utf-8")
+    print(f"RESULTS.md: {len(results)} arms, {len(plots)} plots")
+    print(json.dumps({"arms": list(results), "plots": [f"results/{name}.png" for name in plots]}))
+
+
+if __name__ == "__main__":
+    run_command(main)
