@@ -82,7 +82,7 @@ def read_prompts(path: str, chat_template: str) -> list[tuple[object, str | list
             continue
         where = f"{path} line {number}"
         try:
-            row = json.loads(line.decode("utf-8"))
+            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))  # Windows begins a file with a mark
             json.dumps(row, ensure_ascii=False).encode("utf-8")  # JSON can spell half a character
         except json.JSONDecodeError as e:
             raise InputError(f"{where}: not valid JSON ({e.msg}, column {e.colno})") from None

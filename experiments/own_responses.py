@@ -31,6 +31,8 @@ def prompts_of(path: str, seed: int) -> list[list[dict]]:
     """The conversation up to the first reply of every usable row, shuffled."""
     found = []
     for row in read_rows(DataSource(path=path)):
+        if row.get("tools"):
+            continue  # its prompt is more than its messages
         try:
             messages = to_messages(row)
         except Unusable:

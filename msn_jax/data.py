@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import hashlib
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from msn_jax.config import DataConfig, DataSource
 from msn_jax.errors import InputError, first_line
-from msn_jax.rows import KEYS, Unusable, content_id, read_rows, silence, to_messages
+from msn_jax.io.tokenizer import render
+from msn_jax.rows import KEYS, Unusable, content_id, read_rows, silence, to_messages, tools_of, used_keys
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -35,11 +37,15 @@ _PLAIN = (
     "{% for m in messages %}{{ m['content'] }}"
     "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
 )
+# Why a row cannot be trained on, or only in part.
+REWRITES = "template rewrites earlier turns"
+GENERATION_PROMPT = "generation prompt is no beginning of the reply"
+LAST_ALONE = "earlier turns that the template rewrites"
 
 _CACHED = datasets.Features(
     tokens=datasets.List(datasets.Value("int32")),
     response=datasets.List(datasets.Value("bool")),
-    skipped=datasets.Value("string"),  # why the row cannot be used; empty where it can
+    skipped=datasets.Value("string"),  # why the row, or a part of it, cannot be used; empty where all can
 )
 
 
@@ -79,53 +85,64 @@ def _template_from_file(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
 
 
 def encode_example(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], stop_ids: Iterable[int] | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[dict[str, Any]],
+    stop_ids: Iterable[int] | None = None,
+    tools: list[dict] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens int32[n] of a conversation up to the end of its last reply, and which belong to a reply, bool[n].
 
     A reply is what the chat template adds after the prompt that `encode_chat` makes of the messages before it, up
-    to and including the first of `stop_ids` (default: the tokenizer's end token). The text is cut there and behind
-    the prompt, and the pieces are tokenised apart, so a prompt has the tokens that decoding will give it.
-    Raises Unusable: template refuses, template rewrites earlier turns, template gives no stop token,
-    no response.
+    to and including the first of `stop_ids` (default: the tokenizer's end token). The conversation is tokenised whole,
+    as decoding does with what was said before; a token that is partly prompt and partly reply counts as reply. An
+    earlier reply that the template shows otherwise once the talk goes on (without its thoughts, say) is no reply here.
+    Raises Unusable: see `_replies`; template leaves out (a key of the messages), template gives no stop token.
     """
     stop_ids = {tokenizer.eos_token_id} if stop_ids is None else set(stop_ids)
-    # A model's config may name a stop id that its tokenizer does not have.
-    stops = [stop for stop in tokenizer.convert_ids_to_tokens(sorted(stop_ids)) if stop]
-    pieces = _pieces(tokenizer, messages, stops)
-    if not pieces:
-        raise Unusable("no response")
-    ids = tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]
-    if any(reply[-1] not in stop_ids for reply in ids[1::2]):
+    text, replies = _replies(tokenizer, messages, tools)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+    stops = [i for i, token in enumerate(ids) if token in stop_ids]
+    special, is_reply = tokenizer.added_tokens_decoder, np.zeros(len(ids), bool)
+    for start, end in replies:
+        first = next((i for i, span in enumerate(spans) if span[1] > start), len(ids))
+        # A special token may swallow spaces around it, but it is whole.
+        first += first < len(ids) and spans[first][0] < start and ids[first] in special
+        stop = next((i for i in stops if i >= first and spans[i][0] < end), None)
+        if stop is not None:
+            is_reply[first : stop + 1] = True
+    if stop is None:  # of the last reply; an earlier one may have been rewritten before its end
         raise Unusable("template gives no stop token")
-    is_reply = np.arange(len(ids)) % 2 == 1
-    return np.concatenate(ids).astype(np.int32), np.repeat(is_reply, [len(piece) for piece in ids])
+    return np.array(ids[: stop + 1], np.int32), is_reply[: stop + 1]
 
 
-def _pieces(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], stops: list[str]) -> list[str]:
-    """The rendered conversation, cut into prompt, reply, prompt, reply, ..."""
-    pieces = []
-    for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        done = "".join(pieces)
-        prompt = _render(tokenizer, messages[:i], add_generation_prompt=True)
-        turn = _render(tokenizer, messages[: i + 1])
-        if not (prompt.startswith(done) and turn.startswith(prompt)):
-            raise Unusable("template rewrites earlier turns")
-        reply = turn[len(prompt) :]
-        ends = [at + len(stop) for stop in stops if (at := reply.find(stop)) >= 0]
-        if not ends:
-            raise Unusable("template gives no stop token")
-        pieces += [prompt[len(done) :], reply[: min(ends)]]
-    return pieces
+def _replies(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], tools: list[dict] | None
+) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation up to its last reply, rendered, and where its replies lie in that text.
 
-
-def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]], **options) -> str:
+    Raises Unusable: no response, template refuses, template leaves out ..., template rewrites earlier turns, generation
+    prompt is no beginning of the reply.
+    """
+    at = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not at:
+        raise Unusable("no response")
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+        template = tokenizer.get_chat_template(tools=tools)
+        if lost := [key for key in used_keys(messages, tools) if key not in template]:
+            raise Unusable(f"template leaves out {lost[0]}")
+        prompts = [render(tokenizer, messages[:i], tools, add_generation_prompt=True) for i in at]
+        turns = [render(tokenizer, messages[: i + 1], tools) for i in at]
+        whole = turns[-1]
+        if not whole.startswith(prompts[-1]):
+            rewritten = not whole.startswith(render(tokenizer, messages[: at[-1]], tools))
+            raise Unusable(REWRITES if rewritten else GENERATION_PROMPT)
+    except Unusable:
+        raise
     except Exception:  # templates raise their own messages through jinja
         raise Unusable("template refuses") from None
+    same = lambda turn: len(os.path.commonprefix([turn, whole]))
+    return whole, [(len(p), same(t)) for p, t in zip(prompts, turns, strict=True) if whole.startswith(p)]
 
 
 def train_tokenizer(rows: Iterable[dict[str, Any]], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -156,7 +173,7 @@ def train_tokenizer(rows: Iterable[dict[str, Any]], vocab_size: int) -> PreTrain
 def _contents(rows: Iterable[dict[str, Any]]) -> Iterator[str]:
     for row in rows:
         try:
-            yield from (message["content"] for message in to_messages(row))
+            yield from (message.get("content") or "" for message in to_messages(row))
         except Unusable:
             continue  # load_examples reads the same rows and counts the reasons
 
@@ -191,7 +208,7 @@ class Corpus:
 
     train: dict[str, Examples]
     held_out: dict[str, Examples]
-    skipped: dict[str, dict[str, int]]  # rows that are not used, by reason
+    skipped: dict[str, dict[str, int]]  # rows that are not used, or not with all their replies, by reason
     weights: dict[str, float]
 
     @property
@@ -257,10 +274,13 @@ def _encode_source(
     def encode():
         for row in tqdm(read_rows(source), desc=f"encoding {source.path}", unit=" rows", disable=None):
             try:
-                tokens, response = encode_example(tokenizer, to_messages(row), stop_ids)
+                messages = to_messages(row)
+                tokens, response = encode_example(tokenizer, messages, stop_ids, tools_of(row))
                 if len(tokens) > max_tokens:
                     raise Unusable("longer than max_tokens")
-                yield {"tokens": tokens, "response": response, "skipped": ""}
+                learnt = np.count_nonzero(np.diff(response.astype(np.int8)) == 1)
+                all_learnt = learnt == sum(message["role"] == "assistant" for message in messages)
+                yield {"tokens": tokens, "response": response, "skipped": "" if all_learnt else LAST_ALONE}
             except Unusable as e:
                 yield {"tokens": [], "response": [], "skipped": str(e)}
 
@@ -275,11 +295,13 @@ def _encode_source(
             cause = InputError(f"the cache of encoded rows cannot be written ({cause}); HF_DATASETS_CACHE moves it")
         raise cause from None
     skipped = collections.Counter(reason for reason in table["skipped"] if reason)
-    if len(table) == skipped.total():
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.most_common())
-        raise InputError(f"{source.path}: none of its {len(table)} rows can be used ({reasons}); accepted: {KEYS}")
-    tokens, response = (_flat(table.data.column(name)) for name in ("tokens", "response"))
     lengths = np.concatenate([part.value_lengths().to_numpy() for part in table.data.column("tokens").chunks])
+    if not lengths.any():
+        reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.most_common())
+        templates = [reason for reason in skipped if reason.startswith(("template", "generation"))]
+        accepted = "another data.chat_template (plain, or a .jinja file)" if len(templates) == len(skipped) else KEYS
+        raise InputError(f"{source.path}: none of its {len(table)} rows can be used ({reasons}); accepted: {accepted}")
+    tokens, response = (_flat(table.data.column(name)) for name in ("tokens", "response"))
     return Examples(tokens, response, np.cumsum(lengths[lengths > 0], dtype=np.int64)), dict(skipped)
 
 
@@ -289,7 +311,8 @@ def _flat(column) -> np.ndarray:
 
 def _fingerprint(source: DataSource, tokenizer, stop_ids: list[int], max_tokens: int) -> str:
     """A name for the encoded rows that changes with everything they depend on."""
-    code = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("rows.py", "data.py")]
+    files = ("rows.py", "data.py", "io/tokenizer.py")
+    code = [(Path(__file__).parent / name).read_text(encoding="utf-8") for name in files]
     special = sorted(tokenizer.special_tokens_map.items())
     vocabulary = tokenizer.backend_tokenizer.to_str()
     parts = (content_id(source), vocabulary, special, tokenizer.chat_template, stop_ids, max_tokens, code)

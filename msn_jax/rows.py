@@ -38,6 +38,9 @@ _FORMS = {
 }
 KEYS = "messages, or " + ", or ".join(f"{'/'.join(prompt)} and {'/'.join(reply)}" for prompt, reply in _FORMS.items())
 
+# What a message can say beside its content, by the names that chat templates know.
+SPOKEN = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+
 
 class Unusable(Exception):
     """A row that cannot be trained on. The message is the reason it is counted under."""
@@ -51,7 +54,7 @@ def read_rows(source: DataSource) -> Iterator[dict[str, Any]]:
     if source.path == STDLIB:
         rows = _stdlib_rows()
     elif _is_hub_id(source.path):
-        rows = iter(_from_hub(source))
+        rows = map(_without_null, _from_hub(source))
     else:
         rows = _file_rows(source.path)
     first = next(rows, None)
@@ -101,7 +104,15 @@ def _file_rows(path: str) -> Iterator[dict[str, Any]]:
 
 def _parquet_rows(path: str) -> Iterator[dict[str, Any]]:
     silence()
-    return iter(datasets.load_dataset("parquet", data_files=[glob.escape(path)], split="train", streaming=True))
+    rows = datasets.load_dataset("parquet", data_files=[glob.escape(path)], split="train", streaming=True)
+    return map(_without_null, rows)
+
+
+def _without_null(value: Any) -> Any:
+    """Columns have one type for all rows: Arrow fills the keys that an object lacks, at any depth, with null."""
+    if isinstance(value, dict):
+        return {key: _without_null(part) for key, part in value.items() if part is not None}
+    return [_without_null(part) for part in value] if isinstance(value, list) else value
 
 
 def _json_rows(path: str) -> Iterator[dict[str, Any]]:
@@ -164,16 +175,17 @@ def _functions(path: Path) -> Iterator[dict[str, str]]:
                     }
 
 
-def to_messages(row: dict[str, Any]) -> list[dict[str, str]]:
+def to_messages(row: dict[str, Any]) -> list[dict[str, Any]]:
     """The conversation in a row: its `messages`, or one prompt and its reply (see _FORMS).
 
+    Messages keep all their keys, for the chat template to use: calls of tools, names, thoughts.
     Raises Unusable: unknown keys, not text, no response, empty prompt.
     """
     if row.get("messages") is not None:
         messages = row["messages"]
-        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        if not isinstance(messages, list):
             raise Unusable("not text")
-        messages = [{"role": _text(m.get("role")), "content": _text(m.get("content"))} for m in messages]
+        messages = [_message(message) for message in messages]
     else:
         prompt_keys, reply_keys = _form(row)
         prompt = [text for key in prompt_keys if (text := _text(row.get(key))).strip()]
@@ -182,13 +194,50 @@ def to_messages(row: dict[str, Any]) -> list[dict[str, str]]:
             {"role": "user", "content": "\n\n".join(prompt)},
             {"role": "assistant", "content": reply[0] if reply else ""},
         ]
-    replies = [m["content"].strip() for m in messages if m["role"] == "assistant"]
-    if not replies or not all(replies):
+    replies = [m for m in messages if m["role"] == "assistant"]
+    if not replies or not all((m.get("content") or "").strip() or used_keys([m]) for m in replies):
         raise Unusable("no response")
     before = itertools.takewhile(lambda m: m["role"] != "assistant", messages)
-    if not any(m["content"].strip() for m in before):
+    if not any((m.get("content") or "").strip() for m in before):
         raise Unusable("empty prompt")
     return messages
+
+
+def tools_of(row: dict[str, Any]) -> list[dict] | None:
+    """The tools that a row offers to its model; None where it has none. Raises Unusable: tools are no list."""
+    tools = _parsed(row.get("tools"), "tools are no list") or None
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise Unusable("tools are no list")
+    return tools
+
+
+def used_keys(messages: list[dict[str, Any]], tools: list[dict] | None = None) -> list[str]:
+    """What a conversation says beside the text of its messages, by the keys of it: a template may leave it out."""
+    return ["tools"] * bool(tools) + [key for key in SPOKEN if any(message.get(key) for message in messages)]
+
+
+def _message(message: Any) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise Unusable("not text")
+    # Arrow fills the keys that a message lacks with null; a template would take them for there.
+    kept = {key: value for key, value in message.items() if value is not None or key == "content"}
+    if "tool_calls" in kept:
+        kept["tool_calls"] = _parsed(kept["tool_calls"], "tool_calls are no list")
+        if not isinstance(kept["tool_calls"], list):
+            raise Unusable("tool_calls are no list")
+    kept["role"] = _text(message.get("role"))
+    if message.get("content") is not None or not used_keys([kept]):
+        kept["content"] = _text(message.get("content"))
+    _text(json.dumps(kept, ensure_ascii=False, default=str))
+    return kept
+
+
+def _parsed(value: Any, reason: str) -> Any:
+    """Lists of objects are JSON text in many data sets, since their keys differ from row to row."""
+    try:
+        return json.loads(value) if isinstance(value, str) and value else value
+    except (ValueError, RecursionError):
+        raise Unusable(reason) from None
 
 
 def _form(row: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -113,6 +113,15 @@ def test_a_bad_row_is_named_by_its_line(tmp_path, line, named):
         decode.read_prompts(str(path), "auto")
 
 
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n{"prompt": "b"}\r\n')
+    assert decode.read_prompts(str(path), "auto") == [(0, "a"), (1, "b")]
+    path.write_bytes(b'{"prompt": "a"}\n\xef\xbb\xbf{"prompt": "b"}\n')
+    with pytest.raises(InputError, match="line 2: not valid JSON"):
+        decode.read_prompts(str(path), "auto")
+
+
 def test_messages_of_tools_are_left_to_the_template():
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
     messages = [{"role": "user", "content": "1+1"}, call, {"role": "tool", "content": "2"}]

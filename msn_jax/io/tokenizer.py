@@ -146,7 +146,14 @@ def require_template(tokenizer: PreTrainedTokenizerBase) -> None:
         raise InputError("this checkpoint has no chat template; accepted: raw prompts (--chat_template no)")
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]]) -> list[int]:
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict], tools: list | None = None, **options) -> str:
+    """The text that the chat template makes of a conversation. Raises what the template raises, whatever it is."""
+    return tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, **options)
+
+
+def encode_chat(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], tools: list[dict] | None = None
+) -> list[int]:
     """Token ids of a conversation, ready for the assistant's reply.
 
     Roles, the system's and those of tools too, are the template's business: it renders them, ignores them, or
@@ -154,7 +161,7 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str,
     """
     require_template(tokenizer)
     try:
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        text = render(tokenizer, messages, tools, add_generation_prompt=True)
     except Exception as e:  # templates raise their own messages through jinja
         raise InputError(f"the chat template refuses these messages: {first_line(e)}") from None
     return encode_text(tokenizer, text, special_tokens=False)
