@@ -1,7 +1,9 @@
 """Shared fixtures. SmolLM2 is loaded once; the tiny models are the golden checkpoints."""
 
 import dataclasses
+import json
 import os
+import random
 import resource
 import shutil
 import tempfile
@@ -21,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 
 from msn_jax import DecodeConfig, ModelConfig, forward, init, load, unembed
 from msn_jax.decode import init_state, prefill, run
@@ -28,6 +31,18 @@ from msn_jax.decode import init_state, prefill, run
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 GOLDENS = Path(__file__).parent / "goldens"
+# The model of a training run of seconds.
+SCRATCH = {
+    "vocab_size": 300,
+    "embed": 32,
+    "layers": 2,
+    "heads": 4,
+    "kv_heads": 2,
+    "head_dim": 8,
+    "mlp": 48,
+    "max_position": 128,
+    "tie_embeddings": True,
+}
 
 
 def pytest_unconfigure():
@@ -101,3 +116,39 @@ def full_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture(scope="module")
+def rows_cache(tmp_path_factory):
+    """Encoded rows go to a cache of this run of the tests."""
+    folder = str(tmp_path_factory.mktemp("cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", folder)
+        patch.setattr("datasets.config.HF_DATASETS_CACHE", folder)
+        yield
+
+
+@pytest.fixture
+def config(tmp_path, rows_cache):
+    """A function that writes a config file of a tiny run; its arguments are keys of sections, as train={"steps": 3}."""
+    rng = random.Random(0)
+    rows = []
+    for _ in range(60):
+        start, by = rng.randrange(20), rng.randrange(1, 5)
+        reply = " ".join(str(start + by * i) for i in range(12))
+        rows.append(json.dumps({"instruction": f"Count from {start} by {by}.", "response": reply}))
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+
+    def write(name="config.yaml", **sections):
+        base = {
+            "model": {"scratch": SCRATCH},
+            "data": {"sources": [{"path": str(tmp_path / "rows.jsonl")}], "max_tokens": 64, "packing_bins": 8},
+            "noise": {"length": 3},
+            "train": {"out": str(tmp_path / "run"), "steps": 12, "batch_size": 4, "learning_rate": 0.01},
+        }
+        for section, values in sections.items():
+            base[section] = base.get(section, {}) | values
+        (tmp_path / name).write_text(yaml.safe_dump(base))
+        return str(tmp_path / name)
+
+    return write

@@ -1,4 +1,4 @@
-"""Rows to batches: forms, masks, skipped rows, packing, resume. A byte is a token here, so masks can be written out."""
+"""Conversations to batches: masks, skipped rows, packing, resume. A byte is a token, so masks can be written out."""
 
 import gzip
 import itertools
@@ -7,19 +7,18 @@ import os
 
 import datasets
 import numpy as np
-import pyarrow.parquet
 import pytest
 from test_cli import write_rows
+from test_rows import CONVERSATION, messages
 from tokenizers import processors
 
 from msn_jax import InputError, data
 from msn_jax.config import DataConfig, DataSource
 from msn_jax.io.tokenizer import encode_chat, from_folder
-from msn_jax.rows import Unusable, read_rows, to_messages
+from msn_jax.rows import Unusable, to_messages
 
 NAMES = ("tokens", "segment_ids", "positions", "response")
 END = 2  # <|im_end|> of a trained tokenizer
-CONVERSATION = [("user", "hi"), ("assistant", "yo"), ("user", "so"), ("assistant", "ok!")]
 
 
 @pytest.fixture(autouse=True)
@@ -31,10 +30,6 @@ def cache(tmp_path, monkeypatch):
 def bytewise():
     """A token for each byte, and three special ones."""
     return data.train_tokenizer([], 259)
-
-
-def messages(*turns):
-    return [{"role": role, "content": content} for role, content in turns]
 
 
 def config(*paths, **settings):
@@ -61,57 +56,6 @@ def assert_same(ours, theirs):
         assert a.keys() == b.keys()
         for name in a:
             np.testing.assert_array_equal(a[name], b[name])
-
-
-# Forms of rows
-
-
-@pytest.mark.parametrize(
-    "row, prompt, reply",
-    [
-        ({"instruction": "Add.", "response": "3"}, "Add.", "3"),
-        ({"instruction": "Add.", "context": "1 2", "response": "3", "id": 7}, "Add.\n\n1 2", "3"),
-        ({"instruction": "Add.", "input": "1 2", "output": "3", "response": None}, "Add.\n\n1 2", "3"),
-        ({"instruction": "Add.", "context": "1", "input": "2", "output": "3"}, "Add.\n\n1\n\n2", "3"),
-        ({"instruction": "Add.", "context": "", "input": " ", "response": "3"}, "Add.", "3"),
-        ({"prompt": "Add", "completion": " 3"}, "Add", " 3"),
-        ({"prompt": "def f():\n", "canonical_solution": "    return 3\n"}, "def f():\n", "    return 3\n"),
-        ({"question": "1+2?", "answer": "3", "messages": None}, "1+2?", "3"),
-    ],
-)
-def test_a_row_with_one_turn(row, prompt, reply):
-    assert to_messages(row) == messages(("user", prompt), ("assistant", reply))
-
-
-def test_a_row_of_messages_keeps_role_and_content():
-    row = {"messages": [{"role": "system", "content": "Be brief.", "name": None}, *messages(*CONVERSATION)]}
-    assert to_messages(row) == messages(("system", "Be brief."), *CONVERSATION)
-
-
-@pytest.mark.parametrize(
-    "row, reason",
-    [
-        ({"text": "hello"}, "unknown keys"),
-        ({"response": "3"}, "unknown keys"),
-        ({"prompt": "Add", "completion": None}, "no response"),
-        ({"prompt": "Add", "answer": "3"}, "no response"),
-        ({"question": "1+2?", "answer": " \n"}, "no response"),
-        ({"messages": messages(("user", "hi"))}, "no response"),
-        ({"messages": messages(("user", "hi"), ("assistant", ""), ("user", "?"), ("assistant", "yo"))}, "no response"),
-        ({"messages": []}, "no response"),
-        ({"prompt": " ", "completion": "3"}, "empty prompt"),
-        ({"messages": messages(("assistant", "yo"), ("user", "hi"))}, "empty prompt"),
-        ({"question": "1+2?", "answer": 3}, "not text"),
-        ({"question": "1+2?", "answer": "\ud800"}, "not text"),
-        ({"messages": "hi"}, "not text"),
-        ({"messages": ["hi", "yo"]}, "not text"),
-        ({"messages": [{"role": "user", "content": ["hi"]}]}, "not text"),
-    ],
-)
-def test_a_row_that_cannot_be_used_gives_a_reason(row, reason):
-    with pytest.raises(Unusable) as e:
-        to_messages(row)
-    assert str(e.value) == reason
 
 
 # Tokens and mask
@@ -208,16 +152,6 @@ def test_templates_that_cannot_be_used_are_refused(bytewise, tmp_path):
 # Sources
 
 
-def test_all_readable_kinds_give_the_same_rows(tmp_path):
-    rows = [{"prompt": "a\u2028b", "completion": "2024-01-01"}, {"prompt": "c", "completion": "d"}]
-    plain = write_rows(tmp_path / "a[1].jsonl", rows)
-    plain.write_bytes(b"\xef\xbb\xbf" + plain.read_bytes().replace(b"\n", b"\r\n\r\n"))  # as Windows writes it
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes(), mtime=0))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a[2].parquet")
-    for path in (plain, tmp_path / "a.jsonl.gz", tmp_path / "a[2].parquet"):
-        assert list(read_rows(DataSource(path=str(path)))) == rows
-
-
 @pytest.mark.parametrize(
     "name, content, words",
     [
@@ -249,40 +183,11 @@ def test_a_bad_file_gives_one_line(bytewise, tmp_path, capfd, name, content, wor
     assert capfd.readouterr() == ("", "")
 
 
-def test_an_unknown_hub_id_gives_one_line(monkeypatch):
-    def offline(*args, **kwargs):
-        raise ConnectionError("Couldn't reach the Hub\nmore")
-
-    monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(InputError, match=r"nobody/nothing: no such file, and as a hub id: Couldn't reach the Hub$"):
-        list(read_rows(DataSource(path="nobody/nothing")))
-
-
-def test_a_hub_id_may_name_a_subset(monkeypatch):
-    calls = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: calls.append((args, kwargs)) or [{"a": 1}])
-    assert list(read_rows(DataSource(path="openai/gsm8k:main", split="test"))) == [{"a": 1}]
-    assert list(read_rows(DataSource(path="org/name"))) == [{"a": 1}]
-    assert calls == [(("openai/gsm8k", "main"), {"split": "test"}), (("org/name", None), {"split": "train"})]
-
-
 def test_a_cache_that_cannot_be_written_gives_one_line(bytewise, tmp_path, monkeypatch):
     path = write_rows(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}])
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(path / "cache"))
     with pytest.raises(InputError, match="cache of encoded rows cannot be written"):
         data.load_examples(config(path), bytewise, [END])
-
-
-def test_the_standard_library_teaches_functions():
-    source = DataSource(path="stdlib")
-    rows = list(read_rows(source))
-    assert len(rows) > 3000
-    assert rows[:200] == list(itertools.islice(read_rows(source), 200))
-    [row] = [row for row in rows if row["instruction"].startswith("def shuffle(self, x):")]
-    assert row["instruction"] == 'def shuffle(self, x):\n    """Shuffle list x in place, and return None."""'
-    assert row["response"].startswith("def shuffle(self, x):\n    randbelow = self._randbelow\n")
-    assert "Shuffle list" not in row["response"]
-    assert len({row["response"] for row in rows}) == len(rows)
 
 
 # The tokenizer of a model from scratch

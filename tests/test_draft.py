@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tree_search
 from conftest import decode_all
 
+from experiments import tree_search
 from msn_jax import DecodeConfig, InputError, forward, generate, unembed
 from msn_jax.config import LoraConfig
 from msn_jax.decode import TreeSet, init_state, prefill, step, tree_set
