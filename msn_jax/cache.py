@@ -61,3 +61,14 @@ def write_cache(cache: KVCache, new: tuple[tuple[Array, Array], ...], length: Ar
 
     k, v = zip(*new, strict=True)
     return cache.replace(k=jax.tree.map(store, cache.k, k), v=jax.tree.map(store, cache.v, v))
+
+
+def waiting_for(value: Array, slots: Array) -> Array:
+    """`slots` int32[B], which XLA can compute only after `value` [B]: something the pass makes last.
+
+    A write into these slots then comes after the pass has read the cache to its end, and goes into the cache's own
+    memory. Without it XLA may order the write first, and copies the cache of every layer. An optimisation barrier
+    does not help: XLA removes it before it decides on copies.
+    """
+    number = value.astype(jnp.float32)
+    return slots + (number != number).astype(jnp.int32)  # no number differs from itself, but XLA cannot rule out nan

@@ -15,7 +15,7 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from msn_jax.cache import KVCache, init_cache, write_cache
+from msn_jax.cache import KVCache, init_cache, waiting_for, write_cache
 from msn_jax.config import DecodeConfig
 from msn_jax.decode import draft, verify
 from msn_jax.decode.tree import TreeSet, TreeSpec
@@ -153,10 +153,7 @@ def prefill_chunk(
     positions = jnp.broadcast_to(start + jnp.arange(chunk), part.shape)
     starts = jnp.full(B, start, jnp.int32)
     _, new = forward(params, cfg, part, positions, None, cache.replace(length=starts), dtype=dtype)
-    # Slots that hang on the last layer's values (no number differs from itself) tell XLA that the pass has read the
-    # cache to its end before they are written; or it copies every layer's cache.
-    after = new[-1][1][:, 0, 0, 0]
-    return write_cache(cache, new, starts + (after != after).astype(jnp.int32))
+    return write_cache(cache, new, waiting_for(new[-1][1][:, 0, 0, 0], starts))
 
 
 def prefill(params: Params, state: DecodeState, *, cfg: ModelConfig, chunk: int) -> DecodeState:
@@ -218,9 +215,7 @@ def commit(state: DecodeState, result: PassResult) -> DecodeState:
     last = state.cache.length
     kept, stopped = verify.cut(result.emitted, result.count, state.limit - last - 1, state.stop_ids)
     kept = jnp.where(state.done, 0, kept)
-    # The slot is `last`. Taking it by way of a token (never negative) tells XLA that the pass has read the cache to
-    # its end before; or it copies the whole cache in each cycle of a loop with one tree.
-    cache = write_cache(state.cache, result.kv, last + jnp.minimum(result.emitted[:, 0], 0))
+    cache = write_cache(state.cache, result.kv, waiting_for(result.emitted[:, 0], last))
     after = last[:, None] + 1 + jnp.arange(result.emitted.shape[1])
     inside = jnp.arange(result.emitted.shape[1]) < kept[:, None]
     old = jnp.take_along_axis(state.tokens, after, axis=1)
