@@ -29,23 +29,26 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from msn_jax import data, train_step
-from msn_jax.config import SECTIONS, RunConfig
+from msn_jax.adapters import Marked, merge
+from msn_jax.config import SECTIONS, LoraConfig, RunConfig
 from msn_jax.errors import InputError
 from msn_jax.io import export, hf, run_dir
+from msn_jax.io.adapters import save_adapter
 from msn_jax.io.files import is_remote, local_files
 from msn_jax.io.loading import open_checkpoint
 from msn_jax.io.metrics import MetricsLog, read_metrics
 from msn_jax.io.tokenizer import end_ids, from_folder
-from msn_jax.lora import merge, save_adapter
 from msn_jax.model_config import ModelConfig
-from msn_jax.params import declare
+from msn_jax.objectives import objective_of
+from msn_jax.objectives.scores import metrics_of
+from msn_jax.params import DraftAdapter, declare
 from msn_jax.report import check_plot, plot_metrics
 from msn_jax.rows import read_rows
 from msn_jax.shapes import SHAPES
 from msn_jax.sharding import check_batch, make_mesh, mesh_sizes, start_processes
 
 # A run may be taken up again with other values of these; all others decide what it computes.
-FREE_TO_CHANGE = {"train": {"out", "save_every", "keep", "eval_every", "eval_batches"}, "mesh": None}
+FREE_TO_CHANGE = {"train": {"out", "save_every", "keep", "eval_every", "eval_batches"}, "mesh": None, "lora": {"store"}}
 
 
 def parse_args(argv: list[str] | None) -> tuple[RunConfig, jsonargparse.Namespace]:
@@ -197,7 +200,7 @@ class Log:
         """A step that was taken. Waits for the device to finish it."""
         report = jax.device_get(report)
         seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
-        line = train_step.metrics_of(report["by_depth"])
+        line = metrics_of(report["by_depth"])
         line |= {name: float(report[name]) for name in ("grad_norm", "learning_rate")}
         line |= {"tokens_per_s": self._tokens / seconds, **evaluated}
         if self._mfu_s:
@@ -223,17 +226,6 @@ class Log:
             self._metrics.close()
         if self._board:
             self._board.close()
-
-
-def step_flops(run: RunConfig, parameters: int, trained: int) -> int:
-    """Of a step, in products with weights: 2 a weight and token forward, 2 for what flows back, 2 for its gradient."""
-    tokens = run.train.batch_size * run.data.max_tokens
-    if not run.lora.rank:
-        return 6 * trained * tokens
-    if not run.lora.draft_only:
-        return (4 * parameters + 6 * trained) * tokens
-    noise = run.train.batch_size * run.noise.anchors * run.noise.length
-    return 2 * parameters * tokens + (4 * parameters + 6 * trained) * noise
 
 
 def train(setting: Setting) -> train_step.TrainState:
@@ -266,15 +258,16 @@ def train(setting: Setting) -> train_step.TrainState:
         start = 0
     frozen = load(dtype=jnp.dtype(run.train.dtype)) if run.lora.rank else None
     trained = sum(p.size for p in jax.tree.leaves(state.params))
-    parameters = sum(p.size for p in jax.tree.leaves(frozen)) if run.lora.rank else trained
+    kept = sum(p.size for p in jax.tree.leaves(frozen))
+    flops = objective_of(run).flops(run, kept, trained)
     layout = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
-    say(f"{parameters:,} parameters, {trained:,} trained; mesh {layout} of {mesh.devices.flat[0].device_kind}")
+    say(f"{kept or trained:,} parameters, {trained:,} trained; mesh {layout} of {mesh.devices.flat[0].device_kind}")
     began = time.perf_counter()
     step_of = train_step.jit_train_step(cfg, run, mesh).lower(state, frozen, batch_shapes).compile()
     evaluate = jax.jit(train_step.make_eval_step(cfg, run))
     say(f"{rows} x {run.data.max_tokens} tokens a step, compiled in {time.perf_counter() - began:.0f} s")
 
-    stop, log, waiting = Stop(), Log(setting, step_flops(run, parameters, trained), start), None
+    stop, log, waiting = Stop(), Log(setting, flops, start), None
     for step in range(start + 1, run.train.steps + 1):
         state, report = step_of(state, frozen, global_batch(next(batches), batch_shapes))
         if waiting:
@@ -310,7 +303,7 @@ def train(setting: Setting) -> train_step.TrainState:
 
 def eval_metrics(scores: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
     """Of held-out batches: the loss on clean text, and accuracy by noise depth."""
-    clean, noisy = (train_step.metrics_of(sum(pair[i] for pair in scores)) for i in (0, 1))
+    clean, noisy = (metrics_of(sum(pair[i] for pair in scores)) for i in (0, 1))
     depths = {f"eval_{name}": value for name, value in noisy.items() if "depth" in name}
     # A draft-only run has no clean positions.
     top1 = {"eval_top1": clean["top1_clean"]} if "top1_clean" in clean else {}
@@ -320,20 +313,27 @@ def eval_metrics(scores: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float
 def finish(setting: Setting, state: train_step.TrainState, flags) -> None:
     """What is written when a run is complete: a LoRA run's adapter, the export, the plot."""
     run = setting.run
-    if run.lora.rank:
-        adapter = jax.tree.map(lambda a: multihost_utils.process_allgather(a, tiled=True), state.params)
+    marks = None
+    if isinstance(state.params, Marked):
+        marks = DraftAdapter(None, state.params.noise_embed)
+    if run.lora.rank or marks:
+        beside = state.params if run.lora.rank else marks
+        beside = jax.tree.map(lambda a: multihost_utils.process_allgather(a, tiled=True), beside)
         if jax.process_index() == 0:
-            save_adapter(f"{run.train.out}/adapter", adapter, run.lora, run.model.ckpt)
+            save_adapter(f"{run.train.out}/adapter", beside, run.lora, run.model.ckpt)
     if jax.process_index() > 0:
         return
     lines = read_metrics(run.train.out)
     say(f"loss {lines[0]['loss']:.3f} at step {lines[0]['step']}, {lines[-1]['loss']:.3f} at step {lines[-1]['step']}")
     if flags.export:
-        params = state.params
+        params = state.params.weights if marks else state.params
         if run.lora.rank:  # into the weights as they were stored, not as they were computed with
-            params = merge(hf.load_params(setting.cfg, setting.source, stacked=True), jax.device_get(state.params))
+            params = merge(hf.load_params(setting.cfg, setting.source, stacked=True), jax.device_get(params))
         export.export_hf(flags.export, setting.cfg, params, setting.tokenizer, setting.stop_ids)
         say(f"wrote {flags.export}")
+        if marks:  # which no Hugging Face directory has a place for
+            save_adapter(f"{flags.export}/marks", marks, LoraConfig(), flags.export)
+            say(f"wrote {flags.export}/marks, embeddings of its noise: decode with --adapter {flags.export}/marks")
     if flags.plot:
         plot_metrics(lines, f"{run.train.out}/plot.png")
         say(f"wrote {run.train.out}/plot.png")

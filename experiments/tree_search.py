@@ -27,9 +27,9 @@ from msn_jax.config import DataSource
 from msn_jax.decode.draft import LONGEST_MATCH
 from msn_jax.decode.generate import encode
 from msn_jax.decode.tree import EITHER, JACOBI, NOISE, TreeSet, TreeSpec, branching, chain
-from msn_jax.draft_loss import two_streams
 from msn_jax.errors import run_command
 from msn_jax.io.tokenizer import encode_text
+from msn_jax.objectives.draft_only import drafted
 from msn_jax.params import stack_layers
 from msn_jax.records import print_record
 from msn_jax.rows import read_rows
@@ -58,7 +58,7 @@ def ranks(params, cfg, adapter, tokens):
         "positions": places[None],
         "segment_ids": jnp.ones((1, tokens.shape[0]), jnp.int32),
     }
-    _, noise = two_streams(params, cfg, adapter, batch, places[None])
+    _, noise = drafted(params, cfg, adapter, batch, places[None])
 
     def one(row):
         noise, place = row

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from msn_jax.errors import check_fields
+from msn_jax.errors import InputError, check_fields
 from msn_jax.shapes import SHAPES
 
 
@@ -44,7 +44,13 @@ class NoiseConfig:
     segments: int = 1  # an example, as in the paper
     density: float = 0.0  # above 0, instead of `segments`: the share of response tokens under noise
     progressive_steps: int = 0  # above 0: L grows from 1 to `length` over so many steps
-    anchors: int = 32  # of lora.draft_only, instead of segments: places a packed row that noise is hung under
+    layout: str = "inline"  # inline: in the text, as in the paper; beside: in chains under anchors of a clean text
+    mark: bool = False  # a learned embedding for each depth in place of a token's, so that noise is told from text
+    anchors: int = 32  # of `beside` and of lora.draft_only, instead of segments: places a row that noise hangs under
+    weight: float = 0.5  # of `beside`: what the noise's mean loss counts against that of the clean text
+    target: str = "label"  # of `beside`: label; model: the clean text's own prediction at that place
+    loss: str = "kl"  # against a prediction: kl; l1: 0.1 cross entropy + 0.9 L1; overlap: -log of the common mass
+    decay: float = 1.0  # of hung noise: what the loss counts from one depth to the next
     vocab_size: int = 0  # of `random`; make_train_step fills in the model's
 
     def __post_init__(self):
@@ -56,7 +62,16 @@ class NoiseConfig:
             segments=(self.segments >= 1, "1 or more"),
             density=(0 <= self.density <= 0.9, "0 to 0.9"),
             progressive_steps=(self.progressive_steps >= 0, "0 or more"),
+            layout=(
+                self.layout == "inline" or (self.layout == "beside" and self.kind != "none"),
+                "inline, or beside with a noise.kind that is not none",
+            ),
+            mark=(not self.mark or self.kind != "none", "true with a noise.kind that is not none"),
             anchors=(self.anchors >= 1, "1 or more"),
+            weight=(0 <= self.weight < float("inf"), "0 or more"),
+            target=(self.target in ("label", "model"), "label, model"),
+            loss=(self.loss in ("kl", "l1", "overlap"), "kl, l1, overlap"),
+            decay=(0 < self.decay <= 1, "a number above 0 and up to 1"),
         )
 
 
@@ -194,6 +209,7 @@ class LoraConfig:
     alpha: float = 16.0  # the adapter's output is scaled by alpha / rank
     targets: list[str] = dataclasses.field(default_factory=lambda: list(LINEAR_MAPS))
     draft_only: bool = False  # act at noise positions alone, and learn the frozen model's own predictions
+    store: str | None = None  # dtype of its file: float32, float16, int8; null: float16 if draft_only, else float32
 
     def __post_init__(self):
         check_fields(
@@ -203,7 +219,13 @@ class LoraConfig:
             rank=(self.rank >= 0, "0 (tune all weights) or more"),
             alpha=(self.alpha > 0, "a positive number"),
             targets=(bool(self.targets) and set(self.targets) <= set(LINEAR_MAPS), f"some of {list(LINEAR_MAPS)}"),
+            store=(self.store in (None, "float32", "float16", "int8"), "null, float32, float16, int8"),
         )
+
+    @property
+    def stored_dtype(self) -> str:
+        # What a draft-only adapter drafts is verified, and half the room is enough.
+        return self.store or ("float16" if self.draft_only else "float32")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -216,6 +238,20 @@ class RunConfig:
     train: TrainConfig
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+
+    def __post_init__(self):
+        plain = NoiseConfig()
+        for name in ("layout", "mark"):
+            if self.lora.draft_only and getattr(self.noise, name) != getattr(plain, name):
+                raise InputError(
+                    f"noise.{name} = {getattr(self.noise, name)}: noise of a draft-only adapter hangs beside the text "
+                    "and has embeddings of its own; accepted: without lora.draft_only"
+                )
+
+    @property
+    def objective(self) -> str:
+        """What the run learns: the name of a module of objectives/."""
+        return "draft_only" if self.lora.draft_only else self.noise.layout
 
     @classmethod
     def from_dict(cls, sections: dict[str, Any]) -> RunConfig:

@@ -199,6 +199,7 @@ def forward(
     segments: Array | None = None,
     adapter: tuple[Layer, ...] | Layer | DraftAdapter | None = None,
     noise_depth: np.ndarray | None = None,
+    marks: tuple[Array, Array] | None = None,
     remat: str = "none",
     dtype=None,
 ) -> tuple[Array, tuple]:
@@ -210,9 +211,10 @@ def forward(
     mask or a cache, by index where there is neither. The cache is only read: the k, v [B, K, T, H] of this call come
     back, a pair for each layer (of stacked layers one pair [L, B, K, T, H]), and `write_cache` stores what is to be
     kept.
-    adapter: LowRank matrices in place of a Layer's linear maps (see lora.py). noise_depth int[T], static: 0, but 1 to
-    J for the last tokens, which are noise; the adapter then acts on them alone, and a DraftAdapter gives them their
+    adapter: LowRank matrices in place of a Layer's linear maps (see adapters.py). noise_depth int[T], static: 0, but 1
+    to J for the last tokens, which are noise; the adapter then acts on them alone, and a DraftAdapter gives them their
     embeddings.
+    marks: (embeddings [J, D], depth int32[B, T]): what enters where depth is above 0, in place of the token's.
     remat: what the backward pass of stacked layers recomputes, see TrainConfig.
     dtype: of what stands between products, the residual stream; None: that of the weights.
 
@@ -220,6 +222,9 @@ def forward(
     """
     cos, sin = rope_angles(cfg, positions)
     x = embed(params, tokens)
+    if marks is not None:
+        rows, depth = marks
+        x = jnp.where(depth[..., None] > 0, rows.astype(x.dtype)[jnp.maximum(depth - 1, 0)], x)
     x = x.astype(dtype or x.dtype)
     last = None if noise_depth is None else int((noise_depth > 0).sum())
     if last is not None and not (noise_depth[len(noise_depth) - last :] > 0).all():

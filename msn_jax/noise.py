@@ -96,6 +96,20 @@ def fill_noise(key: Array, tokens: Array, depth: Array, segment_ids: Array, cfg:
     return jnp.where(depth > 0, noise, tokens)
 
 
+def hung_tokens(key: Array, tokens: Array, segment_ids: Array, anchors: Array, cfg: NoiseConfig) -> Array:
+    """Tokens of chains of noise under anchors int32[B, A], drawn as decoding draws them. int32[B, A * cfg.length]
+
+    Each is one of its example up to the anchor, or, of cfg.kind `random`, of the whole vocabulary. tokens,
+    segment_ids int32[B, T].
+    """
+    at = jnp.repeat(jnp.maximum(anchors, 0), cfg.length, axis=1)
+    if cfg.kind == "random":
+        return jax.random.randint(key, at.shape, 0, cfg.vocab_size, tokens.dtype)
+    first, _ = _ends(segment_ids[:, 1:] != segment_ids[:, :-1])
+    source = jax.random.randint(key, at.shape, jnp.take_along_axis(first, at, axis=1), at + 1)
+    return jnp.take_along_axis(tokens, source, axis=1)
+
+
 def _ends(breaks: Array) -> tuple[Array, Array]:
     """First and last index of the run that each of T places is in; breaks bool[B, T-1], between neighbours."""
     B, T = breaks.shape[0], breaks.shape[1] + 1

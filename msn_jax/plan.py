@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from msn_jax import train_step
+from msn_jax.adapters import declare_trained
 from msn_jax.cache import cache_spec
 from msn_jax.config import DecodeConfig, RunConfig
 from msn_jax.decode import loop
@@ -233,7 +234,7 @@ def plan_train(run: RunConfig, topology: str | None) -> None:
 
 def activation_bytes(cfg: ModelConfig, run: RunConfig, rows_ways: int, tensor: int) -> int:
     """A rough count of what a step holds beside its state on one device: gradients, kept activations, logits."""
-    size, trained = jnp.dtype(run.train.dtype).itemsize, train_step.declare_trainable(cfg, run)
+    size, trained = jnp.dtype(run.train.dtype).itemsize, declare_trained(cfg, run.lora, run.noise)
     shards = rows_ways * tensor
     gradients = 4 * parameter_count(trained) // shards
     weights = size * parameter_count(declare(cfg)) // shards

@@ -12,22 +12,28 @@ from conftest import decode_all
 
 from experiments import tree_search
 from msn_jax import DecodeConfig, InputError, forward, generate, unembed
-from msn_jax.config import LoraConfig
+from msn_jax.adapters import Parts, init_trained
+from msn_jax.config import LoraConfig, NoiseConfig
 from msn_jax.decode import TreeSet, init_state, prefill, step, tree_set
 from msn_jax.decode.tree import EITHER, branching, chain
-from msn_jax.draft_loss import draft_loss_sums, draw_anchors, two_streams
-from msn_jax.lora import init_adapter, load_adapter, save_adapter
+from msn_jax.io.adapters import load_adapter, save_adapter
+from msn_jax.objectives.draft_only import drafted, loss_sums
+from msn_jax.objectives.streams import draw_anchors
 from msn_jax.params import stack_layers, unstack
 
 DEPTHS = 3
-LORA = LoraConfig(rank=2, draft_only=True)
+LORA, NOISE = LoraConfig(rank=2, draft_only=True), NoiseConfig(length=DEPTHS)
 NOISY = TreeSet("noisy", (branching("noisy", 2, {(): 2, (0,): 1}, noise={(): 3, (0,): 1}),), (0,))
+
+
+def parts(params, adapter):
+    return Parts(params, adapter.layers, adapter.noise_embed)
 
 
 @pytest.fixture(scope="module")
 def adapter(tiny):
     """Stacked, and far from changing nothing."""
-    new = init_adapter(jax.random.key(0), tiny[0], LORA, DEPTHS)
+    new = init_trained(jax.random.key(0), tiny[0], LORA, NOISE)
     noise = iter(jax.random.split(jax.random.key(1), 100))
     return jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(noise), x.shape), new)
 
@@ -98,8 +104,8 @@ def test_loss_is_the_divergence_from_the_clean_model(tiny, adapter, logits_of, b
             expected[j] += [1, (np.exp(p) * (p - q)).sum(), rank < 1, rank < 10]
     stacked = stack_layers(params)
     for chunk in (2, 128):
-        sums_of = jax.jit(partial(draft_loss_sums, head_chunk=chunk), static_argnums=1)
-        loss, sums = sums_of(stacked, cfg, batch, counts, anchors, adapter)
+        sums_of = jax.jit(partial(loss_sums, noise=NOISE, head_chunk=chunk), static_argnums=1)
+        loss, (_, sums) = sums_of(parts(stacked, adapter), cfg, batch, counts, anchors)
         np.testing.assert_allclose(sums, expected, rtol=1e-4, atol=1e-4)
         assert float(loss) == pytest.approx(expected[:, 1].sum(), rel=1e-4)
 
@@ -107,11 +113,11 @@ def test_loss_is_the_divergence_from_the_clean_model(tiny, adapter, logits_of, b
 def test_nothing_flows_into_the_frozen_model_or_out_of_its_example(tiny, adapter, batch):
     cfg, params = tiny
     anchors = jnp.asarray([[5, 14]])
-    loss = lambda adapter, params: draft_loss_sums(params, cfg, batch, COUNTS, anchors, adapter)[0]
+    loss = lambda adapter, params: loss_sums(parts(params, adapter), cfg, batch, COUNTS, anchors, noise=NOISE)[0]
     gradient = jax.jit(jax.grad(loss))(adapter, stack_layers(params))
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradient))
     other = dict(batch, tokens=batch["tokens"].at[0, 6:10].set(1).at[0, 15:].set(2))
-    rows = jax.jit(lambda batch: two_streams(stack_layers(params), cfg, adapter, batch, anchors)[1])
+    rows = jax.jit(lambda batch: drafted(stack_layers(params), cfg, adapter, batch, anchors)[1])
     np.testing.assert_array_equal(rows(batch), rows(other))  # what stands behind the anchors is not seen
     other = dict(batch, tokens=batch["tokens"].at[0, 0].set(60))
     assert (rows(batch)[0, 0] != rows(other)[0, 0]).any() and (rows(batch)[0, 1] == rows(other)[0, 1]).all()

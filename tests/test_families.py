@@ -14,13 +14,14 @@ from transformers import PreTrainedTokenizerFast
 
 import msn_jax
 from msn_jax import InputError, model, train_step, unembed
+from msn_jax.adapters import Parts, init_adapter, merge
 from msn_jax.cache import init_cache, write_cache
-from msn_jax.config import LINEAR_MAPS, LoraConfig, TrainConfig
+from msn_jax.config import LINEAR_MAPS, LoraConfig, NoiseConfig, TrainConfig
 from msn_jax.decode import tree_set
 from msn_jax.io import hf
 from msn_jax.io.export import export_hf, hf_config
 from msn_jax.io.published_config import config_from_hf
-from msn_jax.lora import init_adapter, merge
+from msn_jax.objectives import inline
 from msn_jax.params import declare, parameter_count, stack_layers
 from msn_jax.shapes import SHAPES
 
@@ -130,7 +131,8 @@ def test_gradients_reach_every_tensor_and_every_adapter(golden, name):
     adapter = jax.tree.map(noise, init_adapter(jax.random.key(0), cfg, LoraConfig(rank=2)))
 
     def loss(params, adapter):
-        return train_step.loss_sums(params, cfg, batch, tokens, 0 * tokens, noise_length=1, adapter=adapter)
+        parts = Parts(params, adapter, None)
+        return inline.loss_sums(parts, cfg, batch, tokens, 0 * tokens, noise=NoiseConfig(length=1))
 
     grads, _ = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(frozen, adapter)
     assert len(jax.tree.leaves(grads[1])) == 2 * len(LINEAR_MAPS)

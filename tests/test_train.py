@@ -162,9 +162,13 @@ def test_a_run_is_not_taken_up_with_another_config(config, tmp_path):
 def test_flops_of_a_step(config):
     run, _ = train.parse_args(["--config", config()])  # 4 rows of 64 tokens, noise of length 3
     lora = lambda **settings: dataclasses.replace(run, lora=LoraConfig(rank=2, **settings))
-    assert train.step_flops(run, 100, 100) == 600 * 256
-    assert train.step_flops(lora(), 100, 10) == (400 + 60) * 256
-    assert train.step_flops(lora(draft_only=True), 100, 10) == 200 * 256 + (400 + 60) * 4 * run.noise.anchors * 3
+    hung = 4 * run.noise.anchors * 3
+    beside = dataclasses.replace(run, noise=NoiseConfig(length=3, layout="beside"))
+    flops = lambda run, frozen, trained: objective_of(run).flops(run, frozen, trained)
+    assert flops(run, 0, 100) == 600 * 256
+    assert flops(lora(), 100, 10) == (400 + 60) * 256
+    assert flops(lora(draft_only=True), 100, 10) == 200 * 256 + (400 + 60) * hung
+    assert flops(beside, 0, 100) == 600 * (256 + hung)
 
 
 def test_a_run_that_made_nothing_yet_takes_another_config(config, tmp_path, monkeypatch):

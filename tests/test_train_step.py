@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from msn_jax import NoiseConfig, forward, train_step
+from msn_jax.adapters import init_adapter, merge, parts_of
 from msn_jax.config import DataConfig, DataSource, LoraConfig, ModelStart, RunConfig, TrainConfig
-from msn_jax.lora import init_adapter, merge
 from msn_jax.model import rope_frequencies
+from msn_jax.objectives import inline, scores
 from msn_jax.params import stack_layers, unstack_layers
 from msn_jax.sharding import make_mesh
 
@@ -89,12 +90,13 @@ def reference_loss(cfg, params, batch, inputs):
 def test_loss_and_gradients_equal_a_plain_float64_reference(tiny, batch, settings):
     cfg, params = tiny
     noise = NoiseConfig(length=3, segments=2)
-    inputs, depth = train_step.noisy_inputs(jax.random.key(3), batch, noise, 0)
+    inputs, depth = inline.draw(jax.random.key(3), batch, noise, 0)
     assert (depth > 0).sum() >= 6 * 3
 
     def loss(params):
-        total, sums = train_step.loss_sums(params, cfg, batch, inputs, depth, noise_length=3, **settings)
-        return total / sums[:, train_step.COUNT].sum()
+        parts = parts_of(params, None)
+        total, (count, _) = inline.loss_sums(parts, cfg, batch, inputs, depth, noise=noise, **settings)
+        return total / count
 
     stacked = stack_layers(params)
     value, grads = jax.jit(jax.value_and_grad(loss))(stacked)
@@ -129,12 +131,13 @@ def test_masks_of_a_case_by_hand(tiny):
         "positions": jnp.array([[0, 1, 2, 3, 4, 0, 1, 2, 0, 1]]),
         "response": jnp.array([[False, False, True, True, True, False, True, True, False, False]]),
     }
-    labels, counts = train_step.next_labels(batch)
+    labels, counts = scores.next_labels(batch)
     assert counts[0].tolist() == [False, True, True, True, False, True, True, False, False, False]
     assert labels[0, jnp.array([1, 2, 3, 5, 6])].tolist() == [12, 13, 14, 21, 22]
     depth = jnp.array([[0, 0, 1, 2, 0, 0, 0, 0, 0, 0]])
-    _, sums = train_step.loss_sums(params, cfg, batch, batch["tokens"], depth, noise_length=2)
-    assert sums[:, train_step.COUNT].tolist() == [3, 1, 1]
+    parts, noise = parts_of(stack_layers(params), None), NoiseConfig(length=2)
+    _, (_, sums) = inline.loss_sums(parts, cfg, batch, batch["tokens"], depth, noise=noise)
+    assert sums[:, scores.COUNT].tolist() == [3, 1, 1]
 
 
 def test_scores_are_those_of_a_sort(tiny):
@@ -142,7 +145,7 @@ def test_scores_are_those_of_a_sort(tiny):
     hidden = jax.random.normal(jax.random.key(0), (2, 10, cfg.embed))
     labels = jax.random.randint(jax.random.key(1), (2, 10), 0, cfg.vocab_size)
     counts = jax.random.bernoulli(jax.random.key(2), 0.4, (2, 10))
-    nll, rank = train_step.token_scores(params, cfg, hidden, labels, counts, chunk=3)
+    nll, rank = scores.token_scores(params, cfg, hidden, labels, counts, chunk=3)
     assert 0 < counts.sum() < 18  # the last chunk of 3 is left out
     logits = np.asarray(hidden, np.float64) @ np.asarray(params.embed, np.float64).T
     order = np.argsort(-logits, axis=-1)
@@ -197,7 +200,7 @@ def test_the_optimiser_is_clipped_adamw_with_decay_on_matrices(tiny, batch):
 def test_noise_follows_the_seed_and_the_step(tiny, batch):
     noise = NoiseConfig(length=3)
     at = lambda seed, step: np.asarray(
-        train_step.noisy_inputs(jax.random.fold_in(jax.random.key(seed), step), batch, noise, step)[0]
+        inline.draw(jax.random.fold_in(jax.random.key(seed), step), batch, noise, step)[0]
     )
     assert (at(0, 4) == at(0, 4)).all() and not (at(0, 4) == at(0, 5)).all() and not (at(0, 4) == at(1, 4)).all()
 
@@ -218,7 +221,7 @@ def test_training_learns_and_compiles_once(tiny, batch):
     losses = []
     for _ in range(40):
         state, report = step(state, None, batch)
-        losses.append(train_step.metrics_of(np.asarray(report["by_depth"]))["loss"])
+        losses.append(scores.metrics_of(np.asarray(report["by_depth"]))["loss"])
     assert losses[-1] < 0.5 * losses[0]
     assert len(traces) == 1 and step._cache_size() == 1
 
@@ -228,7 +231,7 @@ def test_bfloat16_computes_near_float32_and_keeps_float32_weights(tiny, batch):
     a, exact = one_step(cfg, run_config(), stack_layers(params), batch)
     b, near = one_step(cfg, run_config(dtype="bfloat16"), stack_layers(params), batch)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(b.params))
-    loss = lambda r: train_step.metrics_of(np.asarray(r["by_depth"]))["loss"]
+    loss = lambda r: scores.metrics_of(np.asarray(r["by_depth"]))["loss"]
     assert 0 < abs(loss(exact) - loss(near)) < 0.02
     wide = run_config(dtype="bfloat16", activation_dtype="float32")
     assert 0 < abs(loss(exact) - loss(one_step(cfg, wide, stack_layers(params), batch)[1])) < 0.005
@@ -277,13 +280,13 @@ def test_long_rows_attend_in_blocks(tiny, batch, monkeypatch):
 
 def test_evaluation_is_the_same_for_every_noise_kind(tiny, batch):
     cfg, params = tiny
-    scores = []
+    found = []
     for kind in ("ahead", "none"):
         evaluate = jax.jit(train_step.make_eval_step(cfg, run_config(NoiseConfig(kind=kind, length=3))))
-        scores.append(evaluate(stack_layers(params), None, batch, 0))
-    jax.tree.map(np.testing.assert_array_equal, *scores)
-    clean, noisy = scores[0]
-    assert clean[1:].sum() == 0 and (noisy[1:, train_step.COUNT] == 7).all()  # one segment in each of 7 examples
+        found.append(evaluate(stack_layers(params), None, batch, 0))
+    jax.tree.map(np.testing.assert_array_equal, *found)
+    clean, noisy = found[0]
+    assert clean[1:].sum() == 0 and (noisy[1:, scores.COUNT] == 7).all()  # one segment in each of 7 examples
 
 
 def test_scan_and_loop_run_the_same_model(tiny, batch):
@@ -308,7 +311,7 @@ def test_peaks_are_known_for_accelerators_in_bfloat16_alone():
 def test_metrics_leave_out_what_did_not_occur():
     sums = np.zeros((3, 4))
     sums[0], sums[2] = [10, 20, 5, 8], [2, 8, 1, 1]
-    metrics = train_step.metrics_of(sums)
+    metrics = scores.metrics_of(sums)
     assert metrics["loss"] == pytest.approx(28 / 12) and metrics["loss_noisy"] == 4
     assert metrics["top1_clean"] == 0.5 and metrics["top1_depth2"] == 0.5 and "top1_depth1" not in metrics
     assert metrics["response_tokens"] == 12

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from msn_jax import lora
+from msn_jax.adapters import Marked, declare_trained, merge
 from msn_jax.errors import InputError, first_line
 from msn_jax.io import gguf, hf, run_dir, tokenizer
+from msn_jax.io.adapters import load_adapter
 from msn_jax.io.files import local_files
 from msn_jax.linear import activation_dtype
 from msn_jax.model_config import ModelConfig
-from msn_jax.params import DraftAdapter, Layer, Params, declare, unstack, unstack_layers
+from msn_jax.params import DraftAdapter, Layer, Params, unstack, unstack_layers
 
 ACCEPTED = (
     "a Hugging Face directory, a .gguf file, a run directory of train.py, a hub id (org/name), or smollm2-135m-instruct"
@@ -73,15 +74,15 @@ def load(ckpt: str | Path, adapter: str | Path | None = None, dtype=jnp.float32,
     """Load a checkpoint for decoding.
 
     ckpt: a Hugging Face directory, a .gguf file, a run directory of train.py, a hub id, or the alias
-    smollm2-135m-instruct. adapter: a directory that lora.save_adapter wrote; it is merged into the weights, or, where
-    it is draft-only, kept beside them.
+    smollm2-135m-instruct. adapter: a directory that io.adapters.save_adapter wrote; it is merged into the weights, or,
+    where it is draft-only, kept beside them, as embeddings of marked noise are.
     dtype: float32 or bfloat16, of weights and computation. mesh: where to spread the weights (see sharding.py).
     Raises InputError, one line that names what was found and what is accepted.
     """
     if str(jnp.dtype(dtype)) not in ("float32", "bfloat16"):
         raise InputError(f"dtype {jnp.dtype(dtype)} is not supported; accepted: float32, bfloat16")
     lm = _load_run(str(ckpt), dtype, mesh) if run_dir.is_run(ckpt) else _load_opened(str(ckpt), dtype, mesh)
-    return lm if adapter is None else _adapted(lm, lora.load_adapter(adapter, lm.cfg))
+    return lm if adapter is None else _adapted(lm, load_adapter(adapter, lm.cfg))
 
 
 def _load_opened(ckpt: str, dtype, mesh: Mesh | None) -> LM:
@@ -95,23 +96,26 @@ def _load_run(folder: str, dtype, mesh: Mesh | None) -> LM:
     config, files = run_dir.read_config(folder), local_files(folder)
     tok, stops = tokenizer.from_folder(files)  # with the chat template that it was trained with
     stop_ids = tuple(sorted(stops | hf.stop_ids(files)))
+    restored = lambda cfg: run_dir.restore_params(folder, _float32(declare_trained(cfg, config.lora, config.noise)))[0]
     if config.lora.rank:
         base = load(config.model.ckpt, dtype=dtype, mesh=mesh)
-        adapter, _ = run_dir.restore_params(
-            folder, _float32(lora.declare_adapter(base.cfg, config.lora, config.noise.length))
-        )
-        return dataclasses.replace(_adapted(base, adapter), name=folder, tokenizer=tok, stop_ids=stop_ids)
+        return dataclasses.replace(_adapted(base, restored(base.cfg)), name=folder, tokenizer=tok, stop_ids=stop_ids)
     cfg = hf.read_config(files)
-    stacked, _ = run_dir.restore_params(folder, _float32(declare(cfg, stacked=True)))
-    params = hf.place_params(cfg, unstack_layers(stacked), dtype, mesh)
-    return LM(folder, cfg, params, tok, stop_ids)
+    stacked, marks = restored(cfg), None
+    if isinstance(stacked, Marked):
+        stacked, marks = stacked.weights, DraftAdapter(None, stacked.noise_embed)
+    lm = LM(folder, cfg, hf.place_params(cfg, unstack_layers(stacked), dtype, mesh), tok, stop_ids)
+    return lm if marks is None else _adapted(lm, marks)
 
 
-def _adapted(lm: LM, adapter: Layer | DraftAdapter) -> LM:
-    if isinstance(adapter, DraftAdapter):
-        drafter = adapter.replace(layers=unstack(adapter.layers))
-        return dataclasses.replace(lm, drafter=jax.tree.map(lambda a: a.astype(lm.dtype), drafter))
-    return dataclasses.replace(lm, params=lora.merge(lm.params, unstack(adapter)))
+def _adapted(lm: LM, adapter: Layer | DraftAdapter | Marked) -> LM:
+    match adapter:
+        case DraftAdapter(layers, noise_embed):
+            drafter = DraftAdapter(layers and unstack(layers), noise_embed)
+            return dataclasses.replace(lm, drafter=jax.tree.map(lambda a: a.astype(lm.dtype), drafter))
+        case Marked(layers, noise_embed):
+            return _adapted(_adapted(lm, layers), DraftAdapter(None, noise_embed))
+    return dataclasses.replace(lm, params=merge(lm.params, unstack(adapter)))
 
 
 def _float32(specs):
