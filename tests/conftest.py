@@ -80,6 +80,20 @@ def tiny():
 
 
 @pytest.fixture(scope="session")
+def batch():
+    """A packed row for `tiny`: 10 tokens whose reply is 4 to 9, 8 tokens whose reply is 13 to 17, and padding."""
+    segments = np.array([[1] * 10 + [2] * 8 + [0] * 2], np.int32)
+    response = np.zeros((1, 20), bool)
+    response[0, 4:10] = response[0, 13:18] = True
+    return {
+        "tokens": jnp.asarray(np.random.default_rng(0).integers(0, 61, (1, 20)), jnp.int32),
+        "segment_ids": jnp.asarray(segments),
+        "positions": jnp.asarray([[*range(10), *range(8), 0, 0]], jnp.int32),
+        "response": jnp.asarray(response),
+    }
+
+
+@pytest.fixture(scope="session")
 def plain_greedy(tiny):
     """Greedy decoding without a cache, a tree or a loop: the whole text again for each token."""
     cfg, params = tiny

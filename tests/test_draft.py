@@ -44,20 +44,6 @@ def drafter(adapter):
     return adapter.replace(layers=unstack(adapter.layers))
 
 
-@pytest.fixture(scope="module")
-def batch():
-    """One row: an example of 10 tokens, whose reply is 4 to 9, one of 8, whose reply is 13 to 17, and padding."""
-    segments = np.array([[1] * 10 + [2] * 8 + [0] * 2], np.int32)
-    response = np.zeros((1, 20), bool)
-    response[0, 4:10] = response[0, 13:18] = True
-    return {
-        "tokens": jnp.asarray(np.random.default_rng(0).integers(0, 61, (1, 20)), jnp.int32),
-        "segment_ids": jnp.asarray(segments),
-        "positions": jnp.asarray([[*range(10), *range(8), 0, 0]], jnp.int32),
-        "response": jnp.asarray(response),
-    }
-
-
 # By hand: the token after each of these places belongs to a reply of the same example.
 COUNTS = np.isin(np.arange(20), [3, 4, 5, 6, 7, 8, 12, 13, 14, 15, 16])[None]
 

@@ -13,8 +13,9 @@ from jax.sharding import AbstractMesh, AxisType
 
 import train
 from msn_jax import InputError, generate, load, train_step
-from msn_jax.config import LoraConfig, MeshConfig
+from msn_jax.config import LoraConfig, MeshConfig, NoiseConfig
 from msn_jax.io import run_dir
+from msn_jax.objectives import objective_of
 from msn_jax.sharding import MESH_AXES, check_batch, mesh_sizes
 
 ROOT = Path(__file__).parent.parent

@@ -76,11 +76,8 @@ def two_streams(
     positions = (of_anchor(batch["positions"])[..., None] + 1 + jnp.arange(J)).reshape(B, A * J)
     angles, noise_angles = rope_angles(cfg, batch["positions"]), rope_angles(cfg, positions)
 
-    segments, places = batch["segment_ids"], jnp.arange(x.shape[1])
-    seen = (places <= at[..., None]) & (segments[:, None] == of_anchor(segments)[..., None])
-    seen = jnp.broadcast_to(seen[:, :, None], (B, A, J, len(places)))
-    if cfg.sliding_window is not None:
-        seen &= (at[..., None] + 1 + jnp.arange(J))[..., None] - places < cfg.sliding_window
+    segments = batch["segment_ids"]
+    seen = seen_by_noise(segments, at, J, cfg.sliding_window)
 
     def one_layer(streams, layer_adapters):
         layer, (of_clean, of_noise) = layer_adapters
@@ -93,6 +90,20 @@ def two_streams(
 
     (x, noise), _ = jax.lax.scan(REMAT[remat](one_layer), (x, noise), (params.layers, adapters))
     return final_norm(params, cfg, x), final_norm(params, cfg, noise).reshape(B, A, J, D)
+
+
+def seen_by_noise(segments: Array, anchors: Array, J: int, window: int | None = None) -> Array:
+    """Which of the text each noise token sees: its example up to its anchor. bool[B, A, J, T]
+
+    segments int32[B, T]; anchors int32[B, A], 0 and above; window: see cfg.sliding_window.
+    """
+    places = jnp.arange(segments.shape[1])
+    of_anchor = jnp.take_along_axis(segments, anchors, axis=1)
+    seen = (places <= anchors[..., None]) & (segments[:, None] == of_anchor[..., None])
+    seen = jnp.broadcast_to(seen[:, :, None], (*anchors.shape, J, len(places)))
+    if window is not None:
+        seen &= (anchors[..., None] + 1 + jnp.arange(J))[..., None] - places < window
+    return seen
 
 
 def hung_attention(
