@@ -166,7 +166,7 @@ def prepare(run: RunConfig) -> Setting:
     cfg, tokenizer, stop_ids, source = start_model(run)
     if run.data.max_tokens > cfg.max_position:
         raise InputError(f"data.max_tokens = {run.data.max_tokens}: the model's context is {cfg.max_position}")
-    corpus = data.load_examples(run.data, tokenizer, stop_ids)
+    corpus = data.load_examples(run.data, tokenizer, stop_ids, cfg.vocab_size)
     describe(corpus)
     longest = data.longest_response(corpus)
     if run.noise.kind != "none" and longest < run.noise.length + 1:

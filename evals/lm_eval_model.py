@@ -15,13 +15,12 @@ try:
     from lm_eval import simple_evaluate
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 except ModuleNotFoundError as e:
     sys.exit(f"lm_eval_model.py: error: {e}; pip install -e '.[eval]' brings lm-eval")
 from msn_jax import InputError, generate, load
 from msn_jax.errors import run_command
 from msn_jax.records import print_record
-from msn_jax.score import loglikelihoods
+from msn_jax.score import loglikelihoods, rolling_pairs
 
 
 class HarnessLM(TemplateLM):
@@ -46,6 +45,12 @@ class HarnessLM(TemplateLM):
         return self.tokenizer.eos_token_id
 
     @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text that has no context: as with the harness's own models BOS, where there is one."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
     def tokenizer_name(self) -> str:
         return self.lm.name
 
@@ -65,9 +70,10 @@ class HarnessLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: Sequence, disable_tqdm: bool = False, **kwargs):
         most = self.lm.cfg.max_position
-        # What does not fit is cut off at the front, as the harness's own models do.
-        pairs = [((context + answer)[-most:], len(answer)) for _, context, answer in requests]
-        scores = loglikelihoods(self.lm, [(ids[:-n], ids[-n:]) for ids, n in pairs], self.batch_size)
+        # What does not fit is cut off at the front, as the harness's own models do; the last token need not be read.
+        cut = [((context + answer)[-(most + 1) :], min(len(answer), most)) for _, context, answer in requests]
+        pairs = [(ids[: len(ids) - n], ids[len(ids) - n :]) for ids, n in cut]
+        scores = loglikelihoods(self.lm, pairs, self.batch_size)
         for (texts, _, _), score in zip(requests, scores, strict=True):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, score)
@@ -77,14 +83,10 @@ class HarnessLM(TemplateLM):
         out = []
         for request in requests:
             (text,) = request.args
-            windows = get_rolling_token_windows(
-                token_list=self.tok_encode(text),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.lm.cfg.max_position - 1,
-                context_len=1,
-            )
-            pairs = [(None, *make_disjoint_window(window)) for window in windows]
-            out.append(sum(score for score, _ in self._loglikelihood_tokens(pairs)))
+            ids = self.tok_encode(text, add_special_tokens=False)
+            ids = ids[1:] if ids[:1] == [self.prefix_token_id] else ids
+            pairs = rolling_pairs(ids, self.prefix_token_id, self.lm.cfg.max_position)
+            out.append(sum(score for score, _ in loglikelihoods(self.lm, pairs, self.batch_size)))
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), out[-1])
         return out
 
@@ -92,12 +94,16 @@ class HarnessLM(TemplateLM):
         out = []
         for request in requests:
             context, settings = request.args
-            if settings.get("do_sample") or settings.get("temperature", 0) > 0:
+            # Without sampling a temperature means nothing; without either word of sampling 0 is the default.
+            sampled = settings.get("do_sample")
+            if settings.get("temperature") if sampled is None else sampled:
                 raise InputError(f"generation with {settings}: accepted here: greedy alone")
             until = settings.get("until") or []
             until = [until] if isinstance(until, str) else until
-            count = settings.get("max_gen_toks", self.max_gen_tokens)
-            ids = self.tok_encode(context)[-(self.lm.cfg.max_position - count) :]
+            count, most = settings.get("max_gen_toks", self.max_gen_tokens), self.lm.cfg.max_position
+            if count >= most:
+                raise InputError(f"max_gen_toks = {count}: the model's context is {most}; accepted: below that")
+            ids = self.tok_encode(context)[-(most - count) :] or [self.prefix_token_id]
             (result,) = generate(self.lm, [ids], method=self.method, max_new_tokens=count)
             ends = [at for stop in until if stop and (at := result.text.find(stop)) >= 0]
             out.append(result.text[: min(ends, default=len(result.text))])

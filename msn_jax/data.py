@@ -232,8 +232,12 @@ class Corpus:
         return sum(int(examples.response.sum()) for examples in self.train.values())
 
 
-def load_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int]) -> Corpus:
+def load_examples(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int], vocab_size: int | None = None
+) -> Corpus:
     """Read, encode and split all sources. Applies `config.chat_template` to the tokenizer.
+
+    vocab_size: embeddings that the model has; a row with an id beyond them is skipped.
 
     Held-out examples are the same in every run, whatever its seed; a train example that is a copy of one, in
     whichever source, is skipped. Encoded rows are cached with the other caches of `datasets`: a template that prints
@@ -246,7 +250,9 @@ def load_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase, stop_i
         name = source.path + ("" if source.split == "train" else f" ({source.split})")
         if name in encoded:
             raise InputError(f"data.sources lists {name} twice; accepted: once, with a weight")
-        encoded[name], skipped[name] = _encode_source(source, tokenizer, sorted(stop_ids), config.max_tokens)
+        encoded[name], skipped[name] = _encode_source(
+            source, tokenizer, sorted(stop_ids), config.max_tokens, vocab_size
+        )
         weights[name] = source.weight
     chosen, held_out = {}, {}
     for name, examples in encoded.items():
@@ -267,7 +273,11 @@ def load_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase, stop_i
 
 
 def _encode_source(
-    source: DataSource, tokenizer: PreTrainedTokenizerBase, stop_ids: list[int], max_tokens: int
+    source: DataSource,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: list[int],
+    max_tokens: int,
+    vocab_size: int | None,
 ) -> tuple[Examples, dict[str, int]]:
     """The usable rows of a source, and how many were skipped for which reason."""
 
@@ -278,6 +288,8 @@ def _encode_source(
                 tokens, response = encode_example(tokenizer, messages, stop_ids, tools_of(row))
                 if len(tokens) > max_tokens:
                     raise Unusable("longer than max_tokens")
+                if vocab_size is not None and tokens.max() >= vocab_size:
+                    raise Unusable("a token that the model has no embedding for")
                 learnt = np.count_nonzero(np.diff(response.astype(np.int8)) == 1)
                 all_learnt = learnt == sum(message["role"] == "assistant" for message in messages)
                 yield {"tokens": tokens, "response": response, "skipped": "" if all_learnt else LAST_ALONE}
@@ -285,7 +297,7 @@ def _encode_source(
                 yield {"tokens": [], "response": [], "skipped": str(e)}
 
     # Tokenising makes about 900 rows/s of Dolly on one core, so the Arrow file that this writes is worth keeping.
-    fingerprint = _fingerprint(source, tokenizer, stop_ids, max_tokens)
+    fingerprint = _fingerprint(source, tokenizer, stop_ids, max_tokens, vocab_size)
     silence()
     try:
         table = datasets.Dataset.from_generator(encode, features=_CACHED, fingerprint=fingerprint)
@@ -309,13 +321,13 @@ def _flat(column) -> np.ndarray:
     return np.concatenate([part.flatten().to_numpy(zero_copy_only=False) for part in column.chunks])
 
 
-def _fingerprint(source: DataSource, tokenizer, stop_ids: list[int], max_tokens: int) -> str:
+def _fingerprint(source: DataSource, tokenizer: PreTrainedTokenizerBase, *settings) -> str:
     """A name for the encoded rows that changes with everything they depend on."""
     files = ("rows.py", "data.py", "io/tokenizer.py")
     code = [(Path(__file__).parent / name).read_text(encoding="utf-8") for name in files]
     special = sorted(tokenizer.special_tokens_map.items())
     vocabulary = tokenizer.backend_tokenizer.to_str()
-    parts = (content_id(source), vocabulary, special, tokenizer.chat_template, stop_ids, max_tokens, code)
+    parts = (content_id(source), vocabulary, special, tokenizer.chat_template, settings, code)
     return hashlib.sha256(repr(parts).encode("utf-8")).hexdigest()[:32]
 
 

@@ -1,4 +1,4 @@
-"""How input is refused."""
+"""How input is refused, and what is said about input that is taken."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ class InputError(ValueError):
 def first_line(error: Exception) -> str:
     """What an error of another library says, short enough for an InputError of ours."""
     return (str(error).strip() or type(error).__name__).split("\n")[0]
+
+
+def warn(line: str) -> None:
+    """Say on stderr what a user may not expect of an input that is taken all the same."""
+    print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
 def check_fields(config: Any, prefix: str, **fields: tuple[bool, str]) -> None:

@@ -20,22 +20,25 @@ def loglikelihoods(
 ) -> list[tuple[float, bool]]:
     """For each (context, continuation), token ids both: log p(continuation | context), and whether it is greedy.
 
-    Raises InputError for an empty context or continuation, or where both do not fit the model's context.
+    The last token of a continuation is scored, but never read: all before it must fit the model's context.
+    Raises InputError for an empty context or continuation, for what does not fit, and for an id without an embedding.
     """
     for i, (context, continuation) in enumerate(pairs):
         if not len(context) or not len(continuation):
             raise InputError(f"pair {i + 1} has an empty context or continuation; accepted: one token or more in each")
-        if len(context) + len(continuation) > lm.cfg.max_position:
+        if len(context) + len(continuation) > lm.cfg.max_position + 1:
             raise InputError(
                 f"pair {i + 1} has {len(context) + len(continuation)} tokens; "
-                f"the model's context is {lm.cfg.max_position}"
+                f"the model's context is {lm.cfg.max_position}, and one more that is scored alone"
             )
+        if not all(0 <= token < lm.cfg.vocab_size for token in (*context, *continuation)):
+            raise InputError(f"pair {i + 1} has token ids outside 0 .. {lm.cfg.vocab_size - 1}")
     # Neighbours in length share a batch, so that little of it is padding.
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
     out: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
     for at in range(0, len(order), batch_size):
         rows = order[at : at + batch_size]
-        longest = max(len(pairs[i][0]) + len(pairs[i][1]) for i in rows)
+        longest = max(len(pairs[i][0]) + len(pairs[i][1]) - 1 for i in rows)
         most = max(len(pairs[i][1]) for i in rows)
         most = 8 if most <= 8 else bucket(most)
         width = next(size for size in (64, 128, bucket(longest)) if longest <= size)
@@ -44,12 +47,25 @@ def loglikelihoods(
         for row, i in enumerate(rows):
             context, continuation = pairs[i]
             n, m = len(context), len(continuation)
-            tokens[row, : n + m] = [*context, *continuation]
+            tokens[row, : n + m - 1] = [*context, *continuation][:-1]
             places[row, :m], labels[row, :m] = np.arange(n - 1, n + m - 1), continuation
         scores, greedy = jax.device_get(_score(lm.params, tokens, places, labels, cfg=lm.cfg, dtype=lm.activations))
         for row, i in enumerate(rows):
             out[i] = float(scores[row]), bool(greedy[row])
     return out
+
+
+def rolling_pairs(ids: Sequence[int], prefix: int, most: int) -> list[tuple[list[int], list[int]]]:
+    """A text of any length as (context, continuation) pairs that each fit a context of `most` tokens.
+
+    Every token is in one continuation, `prefix` is the context of the first, and the rest have as much of the text
+    before them as fits: what lm-evaluation-harness calls rolling windows with a context_len of 1.
+    """
+    text, pairs = [prefix, *ids], []
+    for at in range(1, len(text), most):
+        end = min(at + most, len(text))
+        pairs.append((text[max(end - most - 1, 0) : at], text[at:end]))
+    return pairs
 
 
 @partial(jax.jit, static_argnames=("cfg", "dtype"))

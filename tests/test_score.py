@@ -1,13 +1,18 @@
 """Likelihoods against torch's logits, and the judges of evals/tasks.py against cases by hand."""
 
+import importlib
+import sys
+from types import ModuleType, SimpleNamespace
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import GOLDENS
 
 from evals import tasks
-from msn_jax import LM, InputError
+from msn_jax import LM, InputError, forward, unembed
 from msn_jax.io import hf
-from msn_jax.score import loglikelihoods
+from msn_jax.score import loglikelihoods, rolling_pairs
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +38,86 @@ def test_likelihoods_are_those_of_torch(golden):
         loglikelihoods(lm, [([1], [2]), ([1], [])])
     with pytest.raises(InputError, match="the model's context is"):
         loglikelihoods(lm, [([1] * 5000, [2])])
+
+
+def log_p(lm, ids, start):
+    """log p(ids[start:] | ids[:start]) of one pass."""
+    hidden, _ = forward(lm.params, lm.cfg, jnp.asarray([ids[:-1]]), jnp.arange(len(ids) - 1)[None])
+    logits = np.asarray(unembed(lm.params, lm.cfg, hidden)[0], np.float64)
+    scores = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    return sum(scores[i - 1, ids[i]] for i in range(start, len(ids)))
+
+
+def test_the_last_token_need_not_fit(golden):
+    lm, _ = golden
+    most = lm.cfg.max_position
+    ids = np.random.default_rng(0).integers(0, lm.cfg.vocab_size, most + 1).tolist()
+    scores = loglikelihoods(lm, [(ids[:1], ids[1:]), (ids[:-1], ids[-1:])], batch_size=2)
+    np.testing.assert_allclose([s for s, _ in scores], [log_p(lm, ids, 1), log_p(lm, ids, most)], rtol=1e-4)
+    with pytest.raises(InputError, match=f"pair 1 has {most + 2} tokens"):
+        loglikelihoods(lm, [([1], [2] * (most + 1))])
+    with pytest.raises(InputError, match="pair 2 has token ids outside"):
+        loglikelihoods(lm, [([1], [2]), ([1], [lm.cfg.vocab_size])])
+
+
+def test_rolling_pairs():
+    pairs = rolling_pairs([1, 2, 3, 4, 5, 6, 7, 8], 0, most=3)
+    assert pairs == [([0], [1, 2, 3]), ([3], [4, 5, 6]), ([5, 6], [7, 8])]
+    assert rolling_pairs([1, 2], 0, most=3) == [([0], [1, 2])] and rolling_pairs([], 0, most=3) == []
+
+
+@pytest.fixture
+def harness(golden, monkeypatch):
+    """HarnessLM over a byte for a token, with BOS and end tokens; of the harness itself only the names."""
+    for name in ("lm_eval", "lm_eval.api", "lm_eval.api.instance", "lm_eval.api.model"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["lm_eval"].simple_evaluate = None
+    sys.modules["lm_eval.api.instance"].Instance = SimpleNamespace
+    sys.modules["lm_eval.api.model"].TemplateLM = type("TemplateLM", (), {})
+    monkeypatch.delitem(sys.modules, "evals.lm_eval_model", raising=False)
+    module = importlib.import_module("evals.lm_eval_model")
+    lm, calls = golden[0], []
+
+    class Words(SimpleNamespace):
+        def __call__(self, text, add_special_tokens, verbose):
+            return {"input_ids": [3] * add_special_tokens + [5 + ord(c) % 50 for c in text]}
+
+    words = Words(bos_token="<s>", bos_token_id=3, eos_token_id=4)
+    monkeypatch.setattr(module, "load", lambda *a, **k: LM("tiny", lm.cfg, lm.params, words, ()))
+    answer = lambda lm, ids, **k: calls.append((ids, k)) or [SimpleNamespace(text="ab\ncd")]
+    monkeypatch.setattr(module, "generate", answer)
+    made = module.HarnessLM("tiny")
+    made.cache_hook, made.calls = SimpleNamespace(add_partial=lambda *a: None), calls
+    yield made
+    sys.modules.pop("evals.lm_eval_model")
+
+
+def test_the_harness_is_given_texts_behind_bos(harness):
+    text = "what follows bos"
+    ids = [5 + ord(c) % 50 for c in text]
+    assert harness.prefix_token_id == 3 and harness.eot_token_id == 4
+    (rolling,) = harness.loglikelihood_rolling([SimpleNamespace(args=(text,))])
+    assert rolling == pytest.approx(log_p(harness.lm, [3, *ids], 1), abs=1e-3)
+    # As many answers as fit: the context is cut off at its front, an answer of the whole context keeps one token of it.
+    most = harness.lm.cfg.max_position
+    long = np.random.default_rng(1).integers(0, harness.lm.cfg.vocab_size, most + 9).tolist()
+    scores = harness._loglikelihood_tokens([(None, long[:9], long[9:]), (None, long[:-1], long[-1:])])
+    expected = [log_p(harness.lm, long[8:], 1), log_p(harness.lm, long[8:], most)]
+    np.testing.assert_allclose([score for score, _ in scores], expected, rtol=1e-4)
+    harness.tokenizer.bos_token_id = None
+    assert harness.prefix_token_id == 4
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"temperature": None}, {"do_sample": False, "temperature": 0.7}, {"temperature": 0}]
+)
+def test_the_harness_generates_greedily(harness, more):
+    ask = lambda settings: harness.generate_until([SimpleNamespace(args=("say", settings))])
+    assert ask({"until": ["\n"], "max_gen_toks": 7, **more}) == ["ab"]
+    assert harness.calls[0][1]["max_new_tokens"] == 7 and harness.calls[0][0][0][0] == 3
+    for wrong in ({"do_sample": True}, {"temperature": 0.7}, {"max_gen_toks": harness.lm.cfg.max_position}):
+        with pytest.raises(InputError, match="greedy alone|max_gen_toks"):
+            ask(wrong)
 
 
 @pytest.mark.parametrize(

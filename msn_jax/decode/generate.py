@@ -64,8 +64,8 @@ def encode(lm: LM, prompt: str | Sequence) -> list[int]:
         ids = encode_chat(lm.tokenizer, prompt)
     else:
         ids = [int(i) for i in prompt]
-        if any(not 0 <= i < lm.cfg.vocab_size for i in ids):
-            raise InputError(f"a prompt has token ids outside 0 .. {lm.cfg.vocab_size - 1}")
+    if any(not 0 <= i < lm.cfg.vocab_size for i in ids):
+        raise InputError(f"a prompt has token ids outside 0 .. {lm.cfg.vocab_size - 1}")
     if not ids:
         raise InputError("the prompt is empty; accepted: at least one token")
     return ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from functools import partial
@@ -14,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
-from msn_jax.errors import InputError
+from msn_jax.errors import InputError, warn
 from msn_jax.io.published_config import config_from_hf
 from msn_jax.model_config import ModelConfig
 from msn_jax.params import ArraySpec, Layer, Params, declare
@@ -44,12 +45,14 @@ PLAIN_MLP_NAMES = {
     "down": (("mlp.c_proj.weight",), 0),
     "down_bias": (("mlp.c_proj.bias",), 0),
 }
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TOP_NAMES = {
-    "embed": "model.embed_tokens.weight",
+    "embed": EMBED,
     "final_norm": "model.norm.weight",
     "final_norm_bias": "model.norm.bias",
-    "unembed": "lm_head.weight",
+    "unembed": HEAD,
 }
+DTYPES = ("F64", "F32", "F16", "BF16")  # of stored weights, as safetensors calls them
 
 
 class TensorSource(Protocol):
@@ -102,8 +105,30 @@ def check(cfg: ModelConfig, source: TensorSource) -> None:
             )
     for name in source.shapes:
         # A tied head may be stored twice; old files carry their rope frequencies, which follow from the config.
-        if name not in expected and not (cfg.tie_embeddings and name == "lm_head.weight") and "inv_freq" not in name:
+        if name not in expected and not (cfg.tie_embeddings and name == HEAD) and "inv_freq" not in name:
             raise InputError(f"{source.name}: the tensor {name} is not part of this model")
+
+
+def settle_head(cfg: ModelConfig, source: TensorSource, tied: bool | None) -> ModelConfig:
+    """The config with the head that the weights have, as transformers 5 settles it.
+
+    tied: tie_word_embeddings of config.json. Without the field, a model without a head of its own is tied. Where the
+    config ties but the stored head has other numbers than the embedding, the head counts.
+    Raises InputError for a tied head of another shape.
+    """
+    if tied is None and HEAD not in source.shapes:
+        return dataclasses.replace(cfg, tie_embeddings=True)
+    if not (cfg.tie_embeddings and {HEAD, EMBED} <= source.shapes.keys()):
+        return cfg
+    if source.shapes[HEAD] != source.shapes[EMBED]:
+        raise InputError(
+            f"{source.name}: {HEAD} has the shape {list(source.shapes[HEAD])}, and its config ties it to {EMBED}, "
+            f"{list(source.shapes[EMBED])}; accepted: the same, or tie_word_embeddings = false"
+        )
+    if np.array_equal(source.read(HEAD), source.read(EMBED)):
+        return cfg
+    warn(f"{source.name}: {HEAD} differs from {EMBED}, to which the config ties it; the head is used as it is stored")
+    return dataclasses.replace(cfg, tie_embeddings=False)
 
 
 def load_params(
@@ -166,24 +191,49 @@ def _place(value: np.ndarray, spec: ArraySpec, dtype, mesh: Mesh | None) -> jax.
 
 
 class SafetensorsSource:
-    """`model.safetensors`, or the shards that `model.safetensors.index.json` lists."""
+    """`model.safetensors`, or else the shards that `model.safetensors.index.json` lists, as transformers reads them.
+
+    Names are those of the whole model, also where a file holds it without its head, whose names lack `model.`.
+    Raises InputError for a file that is missing or not whole, and for a tensor in two files or of another dtype.
+    """
 
     def __init__(self, folder: Path):
-        self.name = str(folder)
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            shards = read_json(index).get("weight_map")
-            if not isinstance(shards, dict):
-                raise InputError(f"{index}: no `weight_map` in it")
-            files = sorted(set(shards.values()))
-        else:
-            files = ["model.safetensors"]
-        self._folder, self._file, self._open, self.shapes = folder, {}, (None, None), {}
-        for file in files:
+        self.name, self._folder, self._open = str(folder), folder, (None, None)
+        if (folder / "adapter_config.json").exists():
+            raise InputError(
+                f"{folder}: adapter_config.json lies beside config.json, and PEFT would load another base for it; "
+                "accepted: a checkpoint without it, or its base with --adapter"
+            )
+        self._stored: dict[str, tuple[str, str]] = {}  # by name: the file, and the name there
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for file in self._files():
             handle = self._handle(file)
             for tensor in handle.keys():
-                self._file[tensor] = file
-                self.shapes[tensor] = tuple(handle.get_slice(tensor).get_shape())
+                stored = handle.get_slice(tensor)
+                if tensor in self._stored:
+                    raise InputError(f"{folder}: the tensor {tensor} is in {self._stored[tensor][0]} and in {file}")
+                if stored.get_dtype() not in DTYPES:
+                    raise InputError(
+                        f"{folder}: {tensor} has the dtype {stored.get_dtype()}, not supported; accepted: "
+                        f"{', '.join(DTYPES)}"
+                    )
+                self._stored[tensor], self.shapes[tensor] = (file, tensor), tuple(stored.get_shape())
+        if not any(tensor.startswith("model.") for tensor in self.shapes):
+            whole = lambda tensor: tensor if tensor == HEAD else f"model.{tensor}"
+            self._stored = {whole(tensor): where for tensor, where in self._stored.items()}
+            self.shapes = {whole(tensor): shape for tensor, shape in self.shapes.items()}
+
+    def _files(self) -> list[str]:
+        index = self._folder / "model.safetensors.index.json"
+        if (self._folder / "model.safetensors").exists() or not index.exists():
+            return ["model.safetensors"]
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise InputError(f"{index}: no `weight_map` in it")
+        for file in shards.values():
+            if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts:
+                raise InputError(f"{index}: weight_map names {file!r}; accepted: files in its own directory")
+        return sorted(set(shards.values()))
 
     def _handle(self, file: str):
         # One at a time: pages of a mapped file stay in memory, and count as this process's, until it is closed.
@@ -199,7 +249,8 @@ class SafetensorsSource:
         return self._open[1]
 
     def read(self, tensor: str) -> np.ndarray:
-        return self._handle(self._file[tensor]).get_tensor(tensor)
+        file, name = self._stored[tensor]
+        return self._handle(file).get_tensor(name)
 
 
 def read_json(path: Path) -> dict:
@@ -218,6 +269,12 @@ def read_json(path: Path) -> dict:
 def read_config(folder: Path) -> ModelConfig:
     """The ModelConfig of a Hugging Face directory."""
     return config_from_hf(read_json(folder / "config.json"))
+
+
+def open_folder(folder: Path) -> tuple[ModelConfig, SafetensorsSource]:
+    """The ModelConfig of a Hugging Face directory, with the head that its weights have, and those weights, not read."""
+    cfg, source = read_config(folder), SafetensorsSource(folder)
+    return settle_head(cfg, source, read_json(folder / "config.json").get("tie_word_embeddings")), source
 
 
 def stop_ids(folder: Path) -> set[int]:

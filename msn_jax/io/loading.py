@@ -133,12 +133,10 @@ def open_checkpoint(ckpt: str) -> Opened:
         cfg = source.config
         tok, stops = tokenizer.from_gguf(source.meta)
     else:
-        cfg = hf.read_config(path)
-        source = hf.SafetensorsSource(path)
+        cfg, source = hf.open_folder(path)
         tok, stops = tokenizer.from_folder(path)
         stops |= hf.stop_ids(path)
-    if len(tok) > cfg.vocab_size:
-        raise InputError(f"{ckpt}: the tokenizer has {len(tok)} tokens, the model {cfg.vocab_size}")
+    tokenizer.check_vocabulary(tok, cfg.vocab_size, ckpt)
     return Opened(cfg, tok, tuple(sorted(stops)), source)
 
 

@@ -11,12 +11,14 @@ from msn_jax.model_config import FAMILIES, ModelConfig, RopeScaling
 
 # Fields of config.json and the values that this model computes; the first is what a missing field stands for.
 _ONLY = {
-    "hidden_act": ("silu",),
+    "hidden_act": ("silu", "swish"),
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
     "partial_rotary_factor": (1.0, None),
-    "pretraining_tp": (1, None),
     "quantization_config": (None,),
+    # transformers then reads other files than those of the usual names.
+    "transformers_weights": (None,),
+    "configuration_files": (None,),
 }
 _ONLY_OF = {
     "llama": {"attention_bias": (False, True, None), "mlp_bias": (False, True, None), "sliding_window": (None,)},
@@ -99,7 +101,7 @@ def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
     theta, scaling = _rope_from_hf(hf, max_position)
     # Where a field is not there, transformers has a default of its own for each family: none of them is guessed,
     # but for LLaMA's, which older files leave out.
-    llama = family == "llama"
+    llama, tied = family == "llama", hf.get("tie_word_embeddings")
     bias = hf.get("use_bias", True) if family == "starcoder2" else hf.get("attention_bias") or False
     biases = {
         "qkv_bias": family == "qwen2" or bias,
@@ -118,7 +120,7 @@ def config_from_hf(hf: dict[str, Any]) -> ModelConfig:
         norm_eps=number("norm_epsilon" if family == "starcoder2" else "rms_norm_eps"),
         rope_theta=theta,
         rope_scaling=scaling,
-        tie_embeddings=hf.get("tie_word_embeddings", family == "starcoder2"),
+        tie_embeddings=family == "starcoder2" if tied is None else tied,
         sliding_window=_window_from_hf(hf, family),
         **FAMILIES[family] | biases,
     )
@@ -155,42 +157,81 @@ def _window_from_hf(hf: dict[str, Any], family: str) -> int | None:
                 f"config.json: {named} is not supported with use_sliding_window = {hf.get('use_sliding_window')!r}; "
                 "accepted: one kind of attention in all layers"
             )
-    elif hf.get("layer_types") is not None:
-        raise InputError(f"config.json: layer_types is not supported in a {family}")
     # transformers gives a Mistral without the field this window.
     window = hf.get("sliding_window", 4096 if family == "mistral" else None)
+    if family not in ("qwen2", "qwen3") and hf.get("layer_types") is not None:
+        full = ["full_attention"] * _number("config.json", hf, "num_hidden_layers")
+        if window is not None or hf["layer_types"] != full:
+            raise InputError(
+                f"config.json: layer_types is not supported in a {family}; accepted: full_attention in all layers"
+            )
     if window is None:
         return None
     return _number("config.json", {"sliding_window": window}, "sliding_window")
 
 
+# Fields of a rope type beside its theta.
+_ROPE_FIELDS = {
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+}
+
+
 def _rope_from_hf(hf: dict[str, Any], max_position: int) -> tuple[float, RopeScaling | None]:
-    # transformers 5 writes one `rope_parameters`; older files have `rope_theta` and `rope_scaling`,
-    # the oldest of which call the type `type`.
-    where = "config.json, rope"
-    parts = [hf.get(name) or {} for name in ("rope_scaling", "rope_parameters")]
-    if not all(isinstance(part, dict) for part in parts):
+    """(theta, scaling). transformers 5 writes one `rope_parameters`, transformers 4 `rope_theta` and `rope_scaling`.
+
+    Version 5 takes rope_scaling alone where it is there, version 4 never looks at rope_parameters: both must be alike.
+    """
+    given = {name: hf[name] for name in ("rope_scaling", "rope_parameters") if hf.get(name)}
+    if not all(isinstance(part, dict) for part in given.values()):
         raise InputError("config.json: rope_scaling and rope_parameters must be objects")
-    rope = {"rope_theta": hf.get("rope_theta", 10000.0), **parts[0], **parts[1]}
-    scaling = {"low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-    for name in rope.keys() - scaling - {"rope_theta", "rope_type", "type", "factor"}:
-        if (name, rope[name]) != ("partial_rotary_factor", 1.0):
-            raise InputError(f"{where}: {name} = {rope[name]!r} is not supported")
-    theta = _number(where, rope, "rope_theta")
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    read = {name: _rope(name, part, hf, max_position) for name, part in given.items()}
+    if len(set(read.values())) > 1:
+        raise InputError(
+            f"config.json: rope_scaling = {hf['rope_scaling']} and rope_parameters = {hf['rope_parameters']} disagree; "
+            "accepted: one of them, or both alike"
+        )
+    return next(iter(read.values())) if read else (_number("config.json", hf, "rope_theta", 10000.0), None)
+
+
+def _rope(name: str, part: dict[str, Any], hf: dict[str, Any], max_position: int) -> tuple[float, RopeScaling | None]:
+    """What one of the two says."""
+    where = f"config.json, {name}"
+    for field in ("rope_theta", "original_max_position_embeddings"):
+        here, top = part.get(field), hf.get(field)
+        if None not in (here, top) and here != top:
+            raise InputError(f"{where}: {field} = {here} and beside it {field} = {top}; accepted: one of them")
+    if {"rope_type", "type"} <= part.keys() and part["rope_type"] != part["type"]:
+        raise InputError(
+            f"{where}: rope_type = {part['rope_type']!r} and type = {part['type']!r}; accepted: one of them"
+        )
+    kind = part.get("rope_type", part.get("type"))
+    if kind is None and "factor" in part:
+        raise InputError(f"{where}: factor = {part['factor']!r} without a rope_type; accepted: linear, llama3")
+    kind = "default" if kind is None else kind
+    if kind not in _ROPE_FIELDS:
+        raise InputError(f"config.json: rope type {kind!r} is not supported; accepted: {', '.join(_ROPE_FIELDS)}")
+    harmless = {("partial_rotary_factor", 1.0), ("partial_rotary_factor", None), ("factor", 1.0)}
+    for field in (
+        part.keys() - _ROPE_FIELDS[kind] - {"rope_theta", "rope_type", "type", "original_max_position_embeddings"}
+    ):
+        if isinstance(part[field], dict | list) or (field, part[field]) not in harmless:
+            raise InputError(f"{where}: {field} = {part[field]!r} is not supported with rope type {kind!r}")
+    theta = _number(where, part, "rope_theta", _number("config.json", hf, "rope_theta", 10000.0))
     if kind == "default":
         return theta, None
+    factor = _number(where, part, "factor")
     if kind == "linear":
-        return theta, RopeScaling(kind="linear", factor=_number(where, rope, "factor"))
-    if kind == "llama3":
-        return theta, RopeScaling(
-            kind="llama3",
-            factor=_number(where, rope, "factor"),
-            low_freq_factor=_number(where, rope, "low_freq_factor"),
-            high_freq_factor=_number(where, rope, "high_freq_factor"),
-            original_max_position=_number(where, rope, "original_max_position_embeddings", max_position),
-        )
-    raise InputError(f"config.json: rope type {kind!r} is not supported; accepted: default, linear, llama3")
+        return theta, RopeScaling(kind="linear", factor=factor)
+    original = hf.get("original_max_position_embeddings") or max_position
+    return theta, RopeScaling(
+        kind="llama3",
+        factor=factor,
+        low_freq_factor=_number(where, part, "low_freq_factor"),
+        high_freq_factor=_number(where, part, "high_freq_factor"),
+        original_max_position=_number(where, part, "original_max_position_embeddings", original),
+    )
 
 
 def _rope_from_gguf(get) -> RopeScaling | None:

@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from msn_jax.errors import InputError, first_line
+from msn_jax.errors import InputError, first_line, warn
 
 # Control tokens that end a reply, by the names that published chat models give them.
 _END_NAMES = {"<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|EOT|>", "</s>"}
@@ -138,6 +138,26 @@ def from_folder(folder: Path) -> tuple[PreTrainedTokenizerBase, set[int]]:
     except Exception as e:  # whatever the parsing of a damaged file runs into
         raise InputError(f"{folder}: the tokenizer cannot be read ({first_line(e)})") from None
     return tokenizer, end_ids(tokenizer)
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, name: str) -> None:
+    """Raises InputError for a tokenizer that makes an id of text which a model of `rows` embeddings has no row for.
+
+    Added tokens beyond the rows, as a padding token often is, are none of any text but their own: they are named in a
+    warning, and a prompt that has one is refused.
+    """
+    added, spare = tokenizer.added_tokens_decoder, []
+    beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= rows)
+    for i, token in beyond:
+        if i in added:
+            spare.append(token)
+        elif i in tokenizer.encode(tokenizer.decode([i]), add_special_tokens=False):
+            raise InputError(
+                f"{name}: the tokenizer has {len(tokenizer)} tokens, the model {rows} embeddings; "
+                f"{token!r} has the id {i}; accepted: ids below {rows}"
+            )
+    if spare:
+        warn(f"{name}: no embedding for {', '.join(map(repr, spare[:5]))}; a prompt with such a token is refused")
 
 
 def require_template(tokenizer: PreTrainedTokenizerBase) -> None:
