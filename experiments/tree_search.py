@@ -24,9 +24,8 @@ from tqdm import tqdm
 
 from msn_jax import InputError, load, unembed
 from msn_jax.config import DataSource
-from msn_jax.decode.draft import LONGEST_MATCH
 from msn_jax.decode.generate import encode
-from msn_jax.decode.tree import EITHER, JACOBI, NOISE, TreeSet, TreeSpec, branching, chain
+from msn_jax.decode.tree import EITHER, JACOBI, LONGEST_MATCH, NOISE, TreeSet, TreeSpec, branching, chain
 from msn_jax.errors import run_command
 from msn_jax.io.tokenizer import encode_text
 from msn_jax.objectives.draft_only import drafted

@@ -130,7 +130,7 @@ def test_the_loop_drafts_what_was_trained(tiny, drafter, logits_of):
     state = jax.jit(partial(step, cfg=cfg, trees=NOISY))(params, state, drafter)
     assert int(state.forwards[0]) == 1 and state.accepted[0, 0] == 1  # nothing was drafted for the first pass
     expected = np.argsort(-logits_of(prompt)[len(prompt) :])[:, :2]
-    assert np.asarray(state.jacobi)[0].tolist() == expected[:2].tolist()
+    assert np.asarray(state.drafts["jacobi"])[0].tolist() == expected[:2].tolist()
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "seed": 3}], ids=["greedy", "sampled"])

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from msn_jax.decode import draft, verify
-from msn_jax.decode.tree import EITHER, JACOBI, NOISE, RETRIEVAL, ROOT, TreeSpec
+from msn_jax.decode import verify
+from msn_jax.decode.source import fill
+from msn_jax.decode.sources import SOURCES, jacobi, retrieval
+from msn_jax.decode.tree import EITHER, JACOBI, LONGEST_MATCH, NOISE, RETRIEVAL, ROOT, TreeSpec
 
 #        - 1(a) - 3(b) - 5(noise)
 #   0(r)
@@ -185,8 +187,8 @@ def test_retrieve_matches_a_search_by_hand():
         text = rng.integers(0, 3, length).tolist()
         tokens = np.full((1, 48), 2)  # what lies beyond the text must not be found
         tokens[0, :length] = text
-        got, match = draft.retrieve(jnp.asarray(tokens, jnp.int32), jnp.array([length - 1]), 5)
-        n, end = python_retrieve(text, draft.LONGEST_MATCH)
+        got, match = retrieval.retrieve(jnp.asarray(tokens, jnp.int32), jnp.array([length - 1]), 5)
+        n, end = python_retrieve(text, LONGEST_MATCH)
         expected = (text[end + 1 : end + 6] if n else []) + [-1] * 5
         assert (int(match[0]), got[0].tolist()) == (n, expected[:5]), text
 
@@ -197,18 +199,19 @@ def test_fill_takes_each_source_and_marks_the_empty():
         (-1, 0, 1, 0, 3, 3, 4),
         ((ROOT, 0), (RETRIEVAL, 0), (RETRIEVAL, 0), (EITHER, 0), (EITHER, 0), (JACOBI, 1), (NOISE, 0)),
     )
-    jacobi = jnp.array([[[10, 11], [20, 21]]])
-    retrieval = jnp.array([[30, -1]])
-    tokens, valid = draft.fill(tree, jnp.array([1]), jacobi, retrieval, jnp.full((1, 7), 77))
-    assert tokens[0].tolist() == [1, 30, 77, 30, 20, 21, 77]
-    assert valid[0].tolist() == [True, True, False, True, True, True, False]
+    nothing = {source.name: None for source in SOURCES}
+    carry = nothing | {"jacobi": jnp.array([[[10, 11], [20, 21]]])}
+    scratch = nothing | {"retrieval": jnp.array([[30, -1]])}
+    drafts = fill(tree, SOURCES, nothing, carry, scratch, jnp.array([1]))
+    # Node 3 has the token of node 1, its sibling, so it takes its second choice.
+    assert drafts[0].tolist() == [1, 30, -1, 10, 20, 21, -1]
 
 
 def test_predict_ahead_reads_the_rows_that_follow():
     tree = TreeSpec("ahead", (-1, 0, 1), ((ROOT, 0), (JACOBI, 0), (JACOBI, 0)))
     logits = jax.nn.one_hot(jnp.array([[4, 5, 6]]), 8) + 0.5 * jax.nn.one_hot(jnp.array([[0, 1, 2]]), 8)
     greedy = jnp.argmax(logits, axis=-1)
-    ahead = lambda best, ranks: draft.predict_ahead(tree, logits, greedy, jnp.array([best]), 3, ranks)[0].tolist()
+    ahead = lambda best, ranks: jacobi.predict_ahead(tree, logits, greedy, jnp.array([best]), 3, ranks)[0].tolist()
     assert ahead(0, 2) == [[5, 1], [6, 2], [-1, -1]]
     assert ahead(1, 1) == [[6], [-1], [-1]]
     assert ahead(2, 1) == [[-1], [-1], [-1]]
@@ -216,7 +219,8 @@ def test_predict_ahead_reads_the_rows_that_follow():
 
 def test_noise_comes_from_the_prefix():
     tokens = jnp.arange(100, 140)[None].repeat(3, axis=0)
-    drawn = draft.prefix_tokens(jax.random.key(0), tokens, jnp.array([0, 4, 39]), 500)
+    keys = jax.random.split(jax.random.key(0), 3)
+    drawn = jacobi.prefix_tokens(keys, tokens, jnp.array([0, 4, 39]), 500)
     assert set(drawn[0].tolist()) == {100}
     assert set(drawn[1].tolist()) == {100, 101, 102, 103, 104}
     assert set(drawn[2].tolist()) == set(range(100, 140))

@@ -139,10 +139,10 @@ def _generate_batch(lm, prompts, ids, first, size, decode, trees, on_tokens) -> 
     program = (lm.cfg, size, slots, layout)
     decoding = (program, trees)
     if decoding not in _warm:
-        for match in trees.min_match:
-            repeated = [[0] * (match + 1)] * size  # a text that leads to this tree
-            one_cycle = dataclasses.replace(decode, max_new_tokens=1)  # or it may need more slots than the prompts
-            jax.block_until_ready(run(new_state(repeated, one_cycle, lm.stop_ids), 1))
+        one_cycle = dataclasses.replace(decode, max_new_tokens=1)  # or it may need more slots than the prompts
+        for tree in range(len(trees.trees)):
+            state = new_state([[0]] * size, one_cycle, lm.stop_ids).replace(tree=jnp.int32(tree))
+            jax.block_until_ready(run(state, 1))
         _warm.add(decoding)
     requests = list(range(first, first + size))
     state = new_state([*prompts, *[[0]] * fill], decode, lm.stop_ids, requests=requests)

@@ -8,6 +8,7 @@ accepted path, and its last emitted token becomes the next root.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +18,17 @@ from jax import Array
 
 from msn_jax.cache import KVCache, init_cache, waiting_for, write_cache
 from msn_jax.config import DecodeConfig
-from msn_jax.decode import draft, verify
+from msn_jax.decode import verify
+from msn_jax.decode.source import Seen, Text, Weights, ask, fill
+from msn_jax.decode.sources import Drafter, sources_of, weights_of
 from msn_jax.decode.tree import TreeSet, TreeSpec
 from msn_jax.errors import InputError
 from msn_jax.linear import activation_dtype
 from msn_jax.model import forward, unembed
 from msn_jax.model_config import ModelConfig
-from msn_jax.params import DraftAdapter, Params
+from msn_jax.params import Params
 
 MAX_STOP_IDS = 16
-DRAFT_STREAM = 2**32 - 1  # no request has this index: the noise of drafts never meets that of samples
 
 
 @struct.dataclass
@@ -35,13 +37,14 @@ class DecodeState:
 
     tokens: Array  # int32[B, S]: the text by position; unspecified beyond the root
     cache: KVCache  # keys and values of tokens[:, :length]; length is the position of the root
-    jacobi: Array  # int32[B, J, R]: what the last pass predicts ahead of the root; -1 none
+    drafts: dict[str, Any]  # what each source remembers, by name, see source.py
     limit: Array  # int32[B]: positions that a row may fill, prompt and new tokens
     done: Array  # bool[B]: a stop token was emitted or the limit reached
     stopped: Array  # bool[B]: by a stop token
     accepted: Array  # int32[B, S]: tokens that each pass of the row emitted
     forwards: Array  # int32[B]: passes of the row
     passes: Array  # int32[trees]: passes by tree
+    tree: Array  # int32[]: the tree that every cycle runs; -1: each the best one
     request: Array  # int32[B]: index of the row among all prompts of the call
     stop_ids: Array  # int32[MAX_STOP_IDS], -1 unused
     sampling: verify.Sampling
@@ -64,7 +67,7 @@ class PassResult:
     kv: tuple  # per layer k, v [B, K, E, H] of the best path
     emitted: Array  # int32[B, E]
     count: Array  # int32[B]: how many of them hold
-    jacobi: Array  # int32[B, J, R]
+    news: dict[str, Any]  # what each source is to remember
 
 
 def slots_needed(prompt_tokens: int, max_new_tokens: int, width: int, chunk: int) -> int:
@@ -92,15 +95,17 @@ def init_state(
     *,
     slots: int,
     requests: list[int] | None = None,
+    memory: dict[str, Any] | None = None,
     dtype=jnp.float32,
     backend: str | None = None,
 ) -> DecodeState:
     """The state before prefill. prompts: token ids of each row, one or more; slots: see `slots_needed`.
 
+    memory: what sources remember of earlier calls, by name. It is given away, as the state is.
     dtype: that of the weights; backend: where the loop is to run (None: jax's default).
     Raises InputError where the slots or the room for stop ids do not suffice.
     """
-    B = len(prompts)
+    B, memory = len(prompts), memory or {}
     need = max(len(prompt) for prompt in prompts) + decode.max_new_tokens + trees.width
     if slots < need:
         raise InputError(f"{slots} cache slots; these prompts need {need}")
@@ -116,13 +121,17 @@ def init_state(
     return DecodeState(
         tokens=jnp.asarray(tokens),
         cache=cache.replace(length=jnp.asarray(lengths - 1)),
-        jacobi=jnp.full((B, *trees.jacobi_shape), -1, jnp.int32),
+        drafts={
+            s.name: memory[s.name] if s.name in memory else s.init(cfg, ask(trees, s), B, slots)
+            for s in sources_of(trees)
+        },
         limit=jnp.asarray(lengths + decode.max_new_tokens),
         done=jnp.zeros(B, bool),
         stopped=jnp.zeros(B, bool),
         accepted=jnp.zeros((B, slots), jnp.int32),
         forwards=jnp.zeros(B, jnp.int32),
         passes=jnp.zeros(len(trees.trees), jnp.int32),
+        tree=jnp.int32(-1),
         request=jnp.asarray(list(range(B)) if requests is None else requests, jnp.int32),
         stop_ids=jnp.asarray(stops),
         sampling=sampling_of(decode),
@@ -169,34 +178,39 @@ def prefill(params: Params, state: DecodeState, *, cfg: ModelConfig, chunk: int)
     return state.replace(cache=cache)
 
 
+def text_of(state: DecodeState) -> Text:
+    return Text(state.tokens, state.cache.length, state.request, state.sampling.seed)
+
+
 def tree_pass(
     params: Params,
-    drafter: DraftAdapter | None,
+    weights: dict[str, Weights],
     cfg: ModelConfig,
     trees: TreeSet,
     tree: TreeSpec,
     state: DecodeState,
-    retrieval: Array,
+    scratch: dict[str, Any],
 ) -> PassResult:
-    """Draft, run and verify one tree. Reads the state, writes nothing."""
-    last = state.cache.length
-    key = jax.random.fold_in(jax.random.key(state.sampling.seed), DRAFT_STREAM)
-    key = jax.random.fold_in(key, state.forwards.sum())
-    noise = draft.prefix_tokens(key, state.tokens, last, tree.size)
-    root = jnp.take_along_axis(state.tokens, last[:, None], axis=1)[:, 0]
-    tokens, valid = draft.fill(tree, root, state.jacobi, retrieval, noise)
+    """Draft, run and verify one tree. Reads the state, writes nothing. scratch: what each source began with."""
+    sources, text, last = sources_of(trees), text_of(state), state.cache.length
+    drafted = fill(tree, sources, weights, state.drafts, scratch, text.root)
+    valid, tokens = drafted >= 0, jnp.broadcast_to(text.root[:, None], drafted.shape)
+    added = {}
+    for source in sources:
+        own, carry = weights[source.name], state.drafts[source.name]
+        probes = source.probes(own, carry, text, tree)
+        tokens = tokens if probes is None else jnp.where(probes >= 0, probes, tokens)
+        added |= source.added(own, tree)
+    tokens = jnp.where(valid, drafted, tokens)
 
     positions = last[:, None] + tree.depth
-    # Static, so that a tree without noise pays nothing for the adapter.
-    drafts = {"adapter": drafter, "noise_depth": tree.noise_depth} if drafter else {}
-    hidden, new = forward(
-        params, cfg, tokens, positions, tree.ancestors, state.cache, dtype=state.activations, **drafts
-    )
+    hidden, new = forward(params, cfg, tokens, positions, tree.ancestors, state.cache, dtype=state.activations, **added)
     logits = unembed(params, cfg, hidden)
 
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     target = verify.targets(tree, logits, greedy, tokens, valid, last, state.request, state.sampling)
     best, emitted, count = verify.accept(tree, tokens, valid, target)
+    seen = Seen(tokens, valid, hidden, logits, greedy, best, tree)
 
     spare = trees.width - tree.width
     path = jnp.pad(jnp.asarray(tree.path)[best], ((0, 0), (0, spare)))
@@ -205,7 +219,7 @@ def tree_pass(
         kv=tuple((jnp.take_along_axis(k, rows, axis=2), jnp.take_along_axis(v, rows, axis=2)) for k, v in new),
         emitted=jnp.pad(emitted, ((0, 0), (0, spare))),
         count=count,
-        jacobi=draft.predict_ahead(tree, logits, greedy, best, *trees.jacobi_shape),
+        news={s.name: s.observe(weights[s.name], state.drafts[s.name], seen, ask(trees, s)) for s in sources},
     )
 
 
@@ -224,7 +238,6 @@ def commit(state: DecodeState, result: PassResult) -> DecodeState:
     return state.replace(
         tokens=state.tokens.at[rows[:, None], after].set(jnp.where(inside, result.emitted, old)),
         cache=cache.replace(length=last),
-        jacobi=result.jacobi,
         done=state.done | stopped | (last + 1 >= state.limit),
         stopped=state.stopped | (stopped & ~state.done),
         accepted=state.accepted.at[rows, state.forwards].set(count),
@@ -233,18 +246,32 @@ def commit(state: DecodeState, result: PassResult) -> DecodeState:
 
 
 def step(
-    params: Params, state: DecodeState, drafter: DraftAdapter | None = None, *, cfg: ModelConfig, trees: TreeSet
+    params: Params, state: DecodeState, drafter: Drafter | None = None, *, cfg: ModelConfig, trees: TreeSet
 ) -> DecodeState:
-    """One cycle: choose a tree, draft, run, verify, commit. Pure; works under any jit and mesh.
+    """One cycle: choose a tree, draft, run, verify, commit, remember. Pure; works under any jit and mesh.
 
-    drafter: an adapter for the noise nodes of the trees (layers as a tuple), with an embedding for each noise depth.
+    drafter: an adapter for the noise nodes of the trees (layers as a tuple), with an embedding for each noise depth;
+    or by the name of a source what it has of its own.
     """
-    retrieval, match = draft.retrieve(state.tokens, state.cache.length, trees.retrieval_tokens)
-    longest = jnp.where(state.done, 0, match).max()
-    choice = (longest >= jnp.asarray(trees.min_match[1:], jnp.int32)).sum()
-    branches = [partial(tree_pass, params, drafter, cfg, trees, tree) for tree in trees.trees]
-    result = jax.lax.switch(choice, branches, state, retrieval)
-    return commit(state, result).replace(passes=state.passes.at[choice].add(1))
+    sources, text, live = sources_of(trees), text_of(state), ~state.done
+    weights = weights_of(sources, params, cfg, drafter)
+    scratch, confidence = {}, jnp.zeros(state.done.shape, jnp.int32)
+    for source in sources:
+        began = source.begin(weights[source.name], state.drafts[source.name], text, ask(trees, source))
+        scratch[source.name], sure = began
+        confidence = confidence if sure is None else jnp.maximum(confidence, sure)
+    choice = jnp.where(state.tree < 0, choose(trees, confidence, live), state.tree)
+    branches = [partial(tree_pass, params, weights, cfg, trees, tree) for tree in trees.trees]
+    result = jax.lax.switch(choice, branches, state, scratch)
+    after = commit(state, result)
+    update = lambda s: s.update(weights[s.name], state.drafts[s.name], result.news[s.name], text_of(after), live)
+    return after.replace(passes=state.passes.at[choice].add(1), drafts={s.name: update(s) for s in sources})
+
+
+def choose(trees: TreeSet, confidence: Array, live: Array) -> Array:
+    """The tree of a cycle, see TreeSet. confidence int32[B]; live bool[B]: rows that are not finished. int32[]"""
+    score = jnp.asarray(trees.score)[:, confidence]
+    return jnp.argmax(jnp.where(live, score, 0).sum(axis=1)).astype(jnp.int32)
 
 
 @partial(jax.jit, static_argnames=("cfg", "trees"), donate_argnames="state")
@@ -252,7 +279,7 @@ def run(
     params: Params,
     state: DecodeState,
     cycles: Array,
-    drafter: DraftAdapter | None = None,
+    drafter: Drafter | None = None,
     *,
     cfg: ModelConfig,
     trees: TreeSet,

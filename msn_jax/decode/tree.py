@@ -3,61 +3,75 @@
 from __future__ import annotations
 
 import dataclasses
+import heapq
 from functools import cached_property
 
 import numpy as np
 
 from msn_jax.errors import InputError
 
-# Where the token of a node comes from. A node of depth d stands d positions after the root.
+# Where the token of a node comes from: the names of the sources in sources/, and of probes. A node of depth d stands d
+# positions after the root.
 ROOT = "root"
 JACOBI = "jacobi"  # candidate `rank` of the prediction that the last pass made for d positions ahead
-RETRIEVAL = "retrieval"  # d-th token after the longest earlier match of the text's end
-EITHER = "either"  # retrieval where there is one, else jacobi
-NOISE = "noise"  # a token of the prefix; never verified: its logits are the next pass's jacobi predictions
+RETRIEVAL = "retrieval"  # d-th token of the `rank`-th continuation found earlier in the text
+RECYCLING = "recycling"  # candidate `rank` of what the model last predicted after the parent's token
+EITHER = "either"  # short for (RETRIEVAL, 0), else (JACOBI, rank)
+# Probes are never verified; a source reads their logits. They come after all drafts.
+NOISE = "noise"  # a token of the prefix: its logits are the next pass's jacobi predictions
+PROBES = (NOISE,)
+NAMES = (JACOBI, RETRIEVAL, RECYCLING)
+LONGEST_MATCH = 16  # tokens of the text's end that retrieval compares
+
+Preference = tuple[tuple[str, int], ...]  # (source, rank), the best first
 
 
 @dataclasses.dataclass(frozen=True)
 class TreeSpec:
-    """A static token tree of M nodes; node 0 is the root, a parent comes before its children, noise after all drafts.
+    """A static token tree of M nodes; node 0 is the root, a parent comes before its children, probes after all drafts.
 
-    sources: (kind, rank) of each node. Hashable: one compiled program a tree.
-    Raises InputError where the nodes do not make a tree.
+    sources: of each node (source, rank), or several of them: it takes the first that has a token which no earlier
+    sibling took. Hashable: one compiled program a tree. Raises InputError where the nodes do not make a tree.
     """
 
     name: str
     parents: tuple[int, ...]
-    sources: tuple[tuple[str, int], ...]
+    sources: tuple[tuple[str, int] | Preference, ...]
 
     def __post_init__(self):
         if len(self.parents) != len(self.sources) or not self.parents:
             raise InputError(f"tree {self.name!r}: {len(self.parents)} parents, {len(self.sources)} sources")
-        if self.parents[0] != -1 or self.sources[0][0] != ROOT:
+        if self.parents[0] != -1 or self.wants[0][0][0] != ROOT:
             raise InputError(f"tree {self.name!r}: node 0 must be the root, with parent -1")
-        for node, (parent, (kind, rank)) in enumerate(zip(self.parents, self.sources, strict=True)):
+        probe = self.kind(*PROBES)
+        for node, (parent, wants) in enumerate(zip(self.parents, self.wants, strict=True)):
             if node and not 0 <= parent < node:
                 raise InputError(f"tree {self.name!r}: parent {parent} of node {node} does not come before it")
-            if node and kind not in (JACOBI, RETRIEVAL, EITHER, NOISE):
-                raise InputError(f"tree {self.name!r}: node {node} has the unknown source {kind!r}")
-            if node and kind != NOISE and self.sources[parent][0] == NOISE:
+            if node and not probe[node] and probe[parent]:
                 raise InputError(f"tree {self.name!r}: draft node {node} hangs under the noise node {parent}")
-            if node and kind != NOISE and self.sources[node - 1][0] == NOISE:
+            if node and not probe[node] and probe[node - 1]:
                 raise InputError(f"tree {self.name!r}: draft node {node} comes after the noise node {node - 1}")
-            if rank < 0:
-                raise InputError(f"tree {self.name!r}: node {node} has the rank {rank}; accepted: 0 or more")
+            if probe[node] and len(wants) > 1:
+                raise InputError(f"tree {self.name!r}: node {node} is noise or a draft, not both")
+            for _, rank in wants:
+                if rank < 0:
+                    raise InputError(f"tree {self.name!r}: node {node} has the rank {rank}; accepted: 0 or more")
 
     @property
     def size(self) -> int:
         """Number of nodes (M)."""
         return len(self.parents)
 
-    def kind(self, *kinds: str) -> np.ndarray:
-        """Which nodes have one of these sources. bool[M]"""
-        return np.array([kind in kinds for kind, _ in self.sources])
-
     @cached_property
-    def rank(self) -> np.ndarray:
-        return np.array([rank for _, rank in self.sources])
+    def wants(self) -> tuple[Preference, ...]:
+        """The sources of each node in order of preference, written out."""
+        either = lambda kind, rank: ((RETRIEVAL, 0), (JACOBI, rank)) if kind == EITHER else ((kind, rank),)
+        several = ((entry,) if isinstance(entry[0], str) else entry for entry in self.sources)
+        return tuple(tuple(pair for entry in entries for pair in either(*entry)) for entries in several)
+
+    def kind(self, *kinds: str) -> np.ndarray:
+        """Which nodes may take a token from one of these. bool[M]"""
+        return np.array([any(kind in kinds for kind, _ in wants) for wants in self.wants])
 
     @cached_property
     def depth(self) -> np.ndarray:
@@ -78,7 +92,7 @@ class TreeSpec:
     @cached_property
     def width(self) -> int:
         """Most tokens one pass can emit: the depth of the deepest draft, and one (E)."""
-        return int(self.depth[~self.kind(NOISE)].max()) + 1
+        return int(self.depth[~self.kind(*PROBES)].max()) + 1
 
     @cached_property
     def path(self) -> np.ndarray:
@@ -109,7 +123,8 @@ class TreeSpec:
         such noise it is the rest of the first path through m: rejected drafts play the noise (paper section 3.2).
         """
         children = [[c for c, parent in enumerate(self.parents) if parent == node] for node in range(self.size)]
-        noise = [[c for c in below if self.sources[c][0] == NOISE] for below in children]
+        is_noise = self.kind(NOISE)
+        noise = [[c for c in below if is_noise[c]] for below in children]
 
         def walk(node: int, below: list[list[int]]) -> list[int]:
             nodes = []
@@ -130,14 +145,11 @@ class TreeSpec:
     def only(self, *kinds: str) -> TreeSpec:
         """This tree without the drafts that come from elsewhere; what hung under them goes too."""
         kept, new = {0: 0}, [(-1, self.sources[0])]
-        for node, (parent, (kind, rank)) in enumerate(zip(self.parents, self.sources, strict=True)):
-            if kind == EITHER and not (JACOBI in kinds and RETRIEVAL in kinds):
-                kind = JACOBI if JACOBI in kinds else RETRIEVAL
-                if kind not in kinds:
-                    continue
-            if node and parent in kept and (kind in kinds or kind == EITHER):
+        for node, (parent, wants) in enumerate(zip(self.parents, self.wants, strict=True)):
+            left = tuple(pair for pair in wants if pair[0] in kinds)
+            if node and parent in kept and left:
                 kept[node] = len(new)
-                new.append((kept[parent], (kind, rank)))
+                new.append((kept[parent], self.sources[node] if left == wants else left[0] if len(left) == 1 else left))
         parents, sources = zip(*new, strict=True)
         return TreeSpec(self.name, parents, sources)
 
@@ -146,19 +158,34 @@ class TreeSpec:
 class TreeSet:
     """Trees of one compiled loop, small to large; each cycle takes one.
 
-    A cycle runs the last tree whose `min_match` the retrieval reaches: the length in tokens of the suffix that
-    was found earlier in the text (0: none). In a batch the row with the longest match decides.
+    Every row of a cycle has a confidence, 0 to LONGEST_MATCH: the length in tokens of the suffix that retrieval found
+    earlier in the text. With figures, `worth[tree][confidence]` tokens a pass and `cost[tree]` of the pass in any unit,
+    a cycle takes the tree with the most expected tokens, over the rows of the batch, for its cost. Without, a row asks
+    for the last tree whose `min_match` it reaches, and the tree that most rows ask for is taken.
+    sources: Source objects beyond those of sources/, see source.py.
     """
 
     name: str
     trees: tuple[TreeSpec, ...]
     min_match: tuple[int, ...]
+    worth: tuple[tuple[float, ...], ...] = ()
+    cost: tuple[float, ...] = ()
+    sources: tuple = ()
 
     def __post_init__(self):
         if len(self.trees) != len(self.min_match) or self.min_match[0] != 0:
             raise InputError(f"tree set {self.name!r}: one min_match a tree, the first 0")
         if list(self.min_match) != sorted(set(self.min_match)):
             raise InputError(f"tree set {self.name!r}: min_match must rise, got {self.min_match}")
+        if self.min_match[-1] > LONGEST_MATCH:
+            raise InputError(f"tree set {self.name!r}: min_match {self.min_match[-1]}; accepted: 0 to {LONGEST_MATCH}")
+        figures = {len(self.worth), len(self.cost)} - {len(self.trees)}
+        if (self.worth or self.cost) and (figures or {len(row) for row in self.worth} != {LONGEST_MATCH + 1}):
+            raise InputError(f"tree set {self.name!r}: a cost and {LONGEST_MATCH + 1} worths for each tree, or none")
+        known = {*NAMES, *PROBES, ROOT} | {source.name for source in self.sources}
+        for name in self.names:
+            if name not in known:
+                raise InputError(f"tree set {self.name!r}: unknown source {name!r}; accepted: {', '.join(known)}")
 
     @property
     def width(self) -> int:
@@ -166,16 +193,34 @@ class TreeSet:
         return max(tree.width for tree in self.trees)
 
     @property
-    def jacobi_shape(self) -> tuple[int, int]:
-        """Depths and ranks of predictions that the trees ask for."""
-        nodes = [(t.depth[m], t.rank[m]) for t in self.trees for m in np.flatnonzero(t.kind(JACOBI, EITHER))]
-        return (max(d for d, _ in nodes), max(int(r) for _, r in nodes) + 1) if nodes else (0, 0)
+    def names(self) -> tuple[str, ...]:
+        """The sources that the trees name, in a fixed order; probes among them."""
+        named = {kind for tree in self.trees for wants in tree.wants for kind, _ in wants} - {ROOT}
+        return tuple(sorted(named))
+
+    def ask(self, source: str) -> tuple[int, int]:
+        """Depths and ranks that the trees want of a source."""
+        wanted = [
+            (int(tree.depth[node]), rank + 1)
+            for tree in self.trees
+            for node, wants in enumerate(tree.wants)
+            for kind, rank in wants
+            if kind == source
+        ]
+        return (max(d for d, _ in wanted), max(r for _, r in wanted)) if wanted else (0, 0)
 
     @property
-    def retrieval_tokens(self) -> int:
-        """Most tokens of a match that the trees ask for."""
-        depths = [t.depth[t.kind(RETRIEVAL, EITHER)].max(initial=0) for t in self.trees]
-        return int(max(depths))
+    def drafts(self) -> int:
+        """Most nodes of a tree that are verified, the root included."""
+        return max(int((~tree.kind(*PROBES)).sum()) for tree in self.trees)
+
+    @cached_property
+    def score(self) -> np.ndarray:
+        """What a row of each confidence adds to the choice of each tree. float32[trees, LONGEST_MATCH + 1]"""
+        if self.worth:
+            return np.float32(self.worth) / np.float32(self.cost)[:, None]
+        asked = np.searchsorted(self.min_match, np.arange(LONGEST_MATCH + 1), side="right") - 1
+        return np.float32(asked == np.arange(len(self.trees))[:, None])
 
 
 def chain(length: int, kind: str, name: str | None = None, noise: dict[int, int] | None = None) -> TreeSpec:
@@ -198,8 +243,9 @@ def branching(
     retrieval: int,
     children: dict[tuple[int, ...], int],
     noise: dict[tuple[int, ...], int] | None = None,
+    kind: str = JACOBI,
 ) -> TreeSpec:
-    """A chain of `retrieval` nodes beside a tree of Jacobi candidates, and chains of noise.
+    """A chain of `retrieval` nodes beside a tree of candidates of `kind`, and chains of noise.
 
     children: how many candidates, best first, hang under the node that these ranks lead to from the root;
     noise: how many noise nodes in a row hang under it.
@@ -212,11 +258,28 @@ def branching(
         for rank in range(children[path]):
             at[*path, rank] = len(parents)
             parents.append(at[path])
-            sources.append((JACOBI, rank))
+            sources.append((kind, rank))
     for path in (noise or {}).keys() - at.keys():
         raise InputError(f"tree {name!r}: the path {path} leads to no node")
     tree = TreeSpec(name, tuple(parents), tuple(sources))
     return _with_noise(tree, {at[path]: length for path, length in (noise or {}).items()})
+
+
+def likely(name: str, drafts: int, odds: tuple[float, ...], kind: str, retrieval: int = 0) -> TreeSpec:
+    """The `drafts` nodes of `kind` that are most likely right where rank r is with probability odds[r] at any depth.
+
+    retrieval: of a chain of retrieved nodes before them, which `kind` continues or stands in for.
+    """
+    parents, sources = list(range(-1, retrieval)), [(ROOT, 0)] + [((RETRIEVAL, 0), (kind, 0))] * retrieval
+    heap = [(-p, 0, rank) for rank, p in enumerate(odds)]
+    while len(parents) <= retrieval + drafts:
+        p, parent, rank = heapq.heappop(heap)
+        beside = retrieval and parent == 0  # the retrieved sibling may have this rank
+        sources.append(((kind, rank), (kind, rank + 1)) if beside else (kind, rank))
+        for below, q in enumerate(odds):
+            heapq.heappush(heap, (p * q, len(parents), below))
+        parents.append(parent)
+    return TreeSpec(name, tuple(parents), tuple(sources))
 
 
 # The reference decoder of the paper: the 63 nodes of Medusa's mc_sim_7b_63 and a retrieval chain of 5.
@@ -227,6 +290,9 @@ _MEDUSA_63 = {
 }
 
 _DRAFT_16, _NOISE_16 = {(): 6, (0,): 2}, {(): 2, (0,): 2, (1,): 2, (0, 0): 1}
+
+# How often a recycled token of each rank is the next one.
+_ODDS = (0.45, 0.15, 0.08, 0.05, 0.035, 0.03, 0.025, 0.02)
 
 _ROOT = TreeSpec("root", (-1,), ((ROOT, 0),))
 _TREES = (
@@ -245,6 +311,12 @@ _TREES = (
     chain(13, EITHER, "draft16long", noise={0: 1, 1: 1}),
     branching("draft16", 0, _DRAFT_16, noise=_NOISE_16),
     branching("draft21", 5, _DRAFT_16, noise=_NOISE_16),
+    likely("recycle8", 7, _ODDS, RECYCLING),
+    likely("recycle16", 15, _ODDS, RECYCLING),
+    likely("recycle64", 63, _ODDS, RECYCLING),
+    likely("recycle80", 79, _ODDS, RECYCLING),
+    likely("mix16", 8, _ODDS, RECYCLING, retrieval=7),
+    likely("mix64", 48, _ODDS, RECYCLING, retrieval=15),
 )
 _BY_NAME = {tree.name: tree for tree in _TREES}
 _DRAFT = ("draft8", "draft8mix", "draft8long", "draft16long")
@@ -254,13 +326,21 @@ TREE_SETS: dict[str, TreeSet] = {name: TreeSet(name, (tree,), (0,)) for name, tr
     "adaptive": TreeSet("adaptive", (_ROOT, chain(3, EITHER, "chain4"), chain(7, EITHER, "chain8")), (0, 1, 4)),
 }
 
-METHODS = ("tr-jacobi", "jacobi", "lookup", "ar")
+# What each method drafts with; None: whatever the trees name.
+_USES = {
+    "tr-jacobi": None,
+    "jacobi": (JACOBI, NOISE),
+    "lookup": (RETRIEVAL,),
+    "recycling": (RECYCLING,),
+    "ar": (),
+}
+METHODS = tuple(_USES)
 # The default trees by backend. CPU: measured by benchmarks/step_cost.py and spec_bench.py (LOG.md). A wide pass
 # is close to free on an accelerator, so there the reference's tree; not measured on one yet.
 _DEFAULT = {
-    "cpu": {"tr-jacobi": "adaptive", "lookup": "adaptive", "jacobi": "chain4"},
-    "gpu": {"tr-jacobi": "msn69", "lookup": "chain8", "jacobi": "msn69"},
-    "tpu": {"tr-jacobi": "msn69", "lookup": "chain8", "jacobi": "msn69"},
+    "cpu": {"tr-jacobi": "adaptive", "lookup": "adaptive", "jacobi": "chain4", "recycling": "recycle8", "ar": "root"},
+    "gpu": {"tr-jacobi": "msn69", "lookup": "chain8", "jacobi": "msn69", "recycling": "recycle80", "ar": "root"},
+    "tpu": {"tr-jacobi": "msn69", "lookup": "chain8", "jacobi": "msn69", "recycling": "recycle80", "ar": "root"},
 }
 # With a draft-only adapter. As above, no accelerator has been measured.
 _DRAFT_ONLY = {
@@ -283,14 +363,14 @@ def tree_set(method: str, name: str | None = None, backend: str = "cpu", draft_o
     if method == "ar":
         return TREE_SETS["root"]
     default = _DEFAULT[backend] | (_DRAFT_ONLY[backend] if draft_only else {})
-    base = TREE_SETS[name or default[method]]
-    if method == "jacobi":
-        # Without retrieval nothing chooses between trees: take the largest.
-        trees, min_match = (base.trees[-1].only(JACOBI, NOISE),), (0,)
-    elif method == "lookup":
-        trees, min_match = tuple(tree.only(RETRIEVAL) for tree in base.trees), base.min_match
-    else:
+    base, uses = TREE_SETS[name or default[method]], _USES[method]
+    if uses is None:
         return base
-    if name is not None and not any(tree.kind(JACOBI, RETRIEVAL).any() for tree in trees):
+    if RETRIEVAL in uses:
+        trees, min_match = tuple(tree.only(*uses) for tree in base.trees), base.min_match
+    else:
+        # Without retrieval nothing chooses between trees: take the largest.
+        trees, min_match = (base.trees[-1].only(*uses),), (0,)
+    if name is not None and not any((~tree.kind(ROOT, *PROBES)).any() for tree in trees):
         raise InputError(f"tree {name!r} has no draft that the method {method!r} uses")
     return TreeSet(base.name, trees, min_match)

@@ -1,0 +1,30 @@
+"""The sources of drafts, one file each; source.py says what a source is."""
+
+from typing import Any
+
+from msn_jax.decode.source import Source, Weights
+from msn_jax.decode.sources.jacobi import Jacobi
+from msn_jax.decode.sources.recycling import Recycling
+from msn_jax.decode.sources.retrieval import Retrieval
+from msn_jax.decode.tree import JACOBI, TreeSet
+from msn_jax.model_config import ModelConfig
+from msn_jax.params import DraftAdapter, Params
+
+SOURCES: tuple[Source, ...] = (Retrieval(), Jacobi(), Recycling())
+
+
+Drafter = DraftAdapter | dict[str, Any]  # what sources have of their own, by name; an adapter alone is that of noise
+
+
+def sources_of(trees: TreeSet) -> tuple[Source, ...]:
+    """Those that the trees name, in a fixed order."""
+    known = (*SOURCES, *trees.sources)
+    return tuple(s for s in known if s.name in trees.names or s.probe in trees.names)
+
+
+def weights_of(
+    sources: tuple[Source, ...], params: Params, cfg: ModelConfig, drafter: Drafter | None
+) -> dict[str, Weights]:
+    """What each source may compute with, by its name."""
+    own = drafter if isinstance(drafter, dict) else {JACOBI: drafter}
+    return {source.name: Weights(params, own.get(source.name), cfg) for source in sources}

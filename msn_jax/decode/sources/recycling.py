@@ -1,0 +1,82 @@
+"""Token Recycling (Luo et al. 2024): what the model last said after a token, drafted again after that token."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array
+
+from msn_jax.decode.source import Ask, At, Seen, Source, Text
+from msn_jax.decode.tree import PROBES, RECYCLING
+
+RANKS = 8  # candidates kept for each token
+BLOCK = 128  # columns of logits that are looked through together
+
+
+@struct.dataclass
+class News:
+    """The nodes of a pass, filled up to the most that any tree has."""
+
+    tokens: Array  # int32[B, N]; -1: nothing was seen
+    top: Array  # int32[B, N, RANKS]
+
+
+class Recycling(Source):
+    """Carry int32[B, V, RANKS], or int32[1, V, RANKS] shared by all rows: the best candidates after each token as the
+    last pass that saw the token had them; -1 before.
+
+    Every verified node teaches, the rejected ones too. Of two nodes with the same token the later one counts, and of
+    two rows that share the table the later row.
+    """
+
+    name = RECYCLING
+    by_parent = True
+
+    def init(self, cfg, ask: Ask, batch: int, slots: int) -> Array:
+        return jnp.full((batch, cfg.vocab_size, RANKS), -1, jnp.int32)
+
+    def level(self, weights, carry: Array, scratch, at: At, tokens: Array) -> tuple[Array, tuple]:
+        parents, each = np.unique(at.parent, return_inverse=True)
+        above = tokens[:, parents]
+        rows = jnp.zeros_like(above) if len(carry) == 1 else jnp.arange(len(carry))[:, None]
+        following = carry[rows, jnp.maximum(above, 0)]  # [B, parents, RANKS]
+        following = jnp.where(above[:, :, None] >= 0, following, -1)
+        known = np.minimum(at.rank, RANKS - 1)
+        return jnp.where(at.rank < RANKS, following[:, each, known], -1), scratch
+
+    def observe(self, weights, carry, seen: Seen, ask: Ask) -> News:
+        nodes = np.flatnonzero(~seen.tree.kind(*PROBES))
+        tokens = jnp.where(seen.valid, seen.tokens, -1)[:, : len(nodes)]  # probes come last
+        top = largest(seen.logits[:, : len(nodes)], RANKS)
+        spare = ask.drafts - len(nodes)
+        return News(
+            jnp.pad(tokens, ((0, 0), (0, spare)), constant_values=-1), jnp.pad(top, ((0, 0), (0, spare), (0, 0)))
+        )
+
+    def update(self, weights, carry: Array, news: News, text: Text, live: Array) -> Array:
+        tokens, top = jnp.where(live[:, None], news.tokens, -1), news.top
+        if len(carry) == 1:
+            tokens, top = tokens.reshape(1, -1), top.reshape(1, -1, RANKS)
+        later = np.triu(np.ones((tokens.shape[1],) * 2, bool), 1)
+        again = ((tokens[:, :, None] == tokens[:, None, :]) & later).any(axis=2)
+        where = jnp.where((tokens < 0) | again, carry.shape[1], tokens)  # beyond the table: dropped
+        return carry.at[jnp.arange(len(carry))[:, None], where].set(top, mode="drop")
+
+
+def largest(logits: Array, count: int) -> Array:
+    """`jax.lax.top_k(logits, count)[1]` for logits [..., V]. int32[..., count]
+
+    It looks for the `count` blocks with the largest maxima, and sorts these alone: on CPU XLA's takes ... of the time.
+    """
+    V = logits.shape[-1]
+    blocks = -(-V // BLOCK)
+    if blocks <= 2 * count:
+        return jax.lax.top_k(logits, count)[1]
+    padded = jnp.pad(logits, [(0, 0)] * (logits.ndim - 1) + [(0, blocks * BLOCK - V)], constant_values=-jnp.inf)
+    padded = padded.reshape(*logits.shape[:-1], blocks, BLOCK)
+    best = jnp.sort(jax.lax.top_k(padded.max(axis=-1), count)[1], axis=-1)  # in order, so that ties fall as before
+    within = jnp.take_along_axis(padded, best[..., None], axis=-2).reshape(*logits.shape[:-1], count * BLOCK)
+    at = jax.lax.top_k(within, count)[1]
+    return jnp.take_along_axis(best, at // BLOCK, axis=-1) * BLOCK + at % BLOCK
