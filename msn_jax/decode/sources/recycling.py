@@ -62,6 +62,9 @@ class Recycling(Source):
         later = np.triu(np.ones((tokens.shape[1],) * 2, bool), 1)
         again = ((tokens[:, :, None] == tokens[:, None, :]) & later).any(axis=2)
         where = jnp.where((tokens < 0) | again, carry.shape[1], tokens)  # beyond the table: dropped
+        # The text's end (never negative) is known when all that drafts are needed for is done. XLA:CPU, which reads the
+        # table wherever it wants a draft, would else keep a copy of it to read from.
+        where = where + jnp.minimum(text.last[:1], 0)[:, None]
         return carry.at[jnp.arange(len(carry))[:, None], where].set(top, mode="drop")
 
 
