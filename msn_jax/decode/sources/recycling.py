@@ -8,6 +8,7 @@ import numpy as np
 from flax import struct
 from jax import Array
 
+from msn_jax.cache import waiting_for
 from msn_jax.decode.source import Ask, At, Seen, Source, Text
 from msn_jax.decode.tree import PROBES, RECYCLING
 
@@ -62,9 +63,8 @@ class Recycling(Source):
         later = np.triu(np.ones((tokens.shape[1],) * 2, bool), 1)
         again = ((tokens[:, :, None] == tokens[:, None, :]) & later).any(axis=2)
         where = jnp.where((tokens < 0) | again, carry.shape[1], tokens)  # beyond the table: dropped
-        # The text's end (never negative) is known when all that drafts are needed for is done. XLA:CPU, which reads the
-        # table wherever it wants a draft, would else keep a copy of it to read from.
-        where = where + jnp.minimum(text.last[:1], 0)[:, None]
+        # The text's end is known when nothing reads drafts any more.
+        where = waiting_for(text.last[:1, None], where)
         return carry.at[jnp.arange(len(carry))[:, None], where].set(top, mode="drop")
 
 
