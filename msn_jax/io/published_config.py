@@ -36,6 +36,26 @@ _ONLY_OF = {
 }
 
 
+# Fields of a GGUF that change what is computed, and the value at which they change nothing.
+_GGUF_PLAIN = {
+    "expert_count": 0,
+    "attention.sliding_window_pattern": 0,
+    "attention.causal": True,
+    "attention.clamp_kqv": 0.0,
+    "attention.max_alibi_bias": 0.0,
+    "attention.scale": 0.0,
+    "attention.temperature_scale": 0.0,
+    "attn_logit_softcapping": 0.0,
+    "final_logit_softcapping": 0.0,
+    "embedding_scale": 0.0,
+    "residual_scale": 0.0,
+    "logit_scale": 0.0,
+    "use_parallel_residual": False,
+    "tensor_data_layout": None,
+    "rope.scaling.attn_factor": 1.0,
+}
+
+
 def config_from_gguf(
     meta: dict[str, Any],
     vocab_size: int,
@@ -50,9 +70,11 @@ def config_from_gguf(
     arch, where = meta.get("general.architecture"), "GGUF"
     if arch not in (known := ("llama", "qwen2", "qwen3", "starcoder2")):
         raise InputError(f"GGUF architecture {arch!r} is not supported; accepted: {', '.join(known)}")
+    if (kind := meta.get("general.type", "model")) != "model":
+        raise InputError(f"GGUF: general.type = {kind!r} is not supported; accepted: model")
     get = lambda name, default=None: meta.get(f"{arch}.{name}", default)
-    for field in ("expert_count", "attention.sliding_window_pattern", "attn_logit_softcapping", "logit_scale"):
-        if get(field):
+    for field, plain in _GGUF_PLAIN.items():
+        if get(field, plain) != plain:
             raise InputError(f"GGUF field {arch}.{field} = {get(field)} is not supported; accepted: none")
     number = lambda name, default=None: _number(where, meta, f"{arch}.{name}", default)
     heads, embed = number("attention.head_count"), number("embedding_length")
@@ -60,7 +82,7 @@ def config_from_gguf(
     if get("rope.dimension_count", head_dim) != head_dim or get("attention.value_length", head_dim) != head_dim:
         raise InputError(f"GGUF: rope or value dimensions other than the head's {head_dim} are not supported")
     theta = number("rope.freq_base", 10000.0)
-    scaling = _rope_from_gguf(get)
+    scaling = _rope_from_gguf(get, number)
     if rope_factors is not None:
         if scaling is not None:
             raise InputError("GGUF: both rope scaling fields and rope_freqs.weight; accepted: one of them")
@@ -234,10 +256,12 @@ def _rope(name: str, part: dict[str, Any], hf: dict[str, Any], max_position: int
     )
 
 
-def _rope_from_gguf(get) -> RopeScaling | None:
+def _rope_from_gguf(get, number) -> RopeScaling | None:
     # llama.cpp's defaults: a factor without a type is linear, and 0 is no scaling.
-    kind, factor = get("rope.scaling.type", "linear"), get("rope.scaling.factor", get("rope.scale_linear", 0.0))
-    if kind == "none" or factor in (0.0, 1.0):
+    kind = get("rope.scaling.type", "linear")
+    field = next((f for f in ("rope.scaling.factor", "rope.scale_linear") if get(f) not in (None, 0.0)), None)
+    factor = 1.0 if field is None else number(field)
+    if kind == "none" or (factor == 1.0 and kind == "linear"):
         return None
     if kind == "linear":
         return RopeScaling(kind="linear", factor=factor)

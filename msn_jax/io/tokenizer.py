@@ -14,6 +14,8 @@ from msn_jax.errors import InputError, first_line, warn
 
 # Control tokens that end a reply, by the names that published chat models give them.
 _END_NAMES = {"<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|EOT|>", "</s>"}
+# What llama.cpp takes for such tokens beside those, whatever type the file gives them.
+_GGUF_END_NAMES = {"<|end|>", "<end_of_turn>", "<EOT>", "[EOT]", "<end_of_utterance>", "<｜end▁of▁sentence｜>"}
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # gguf token types
 
 _GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -33,52 +35,66 @@ def _splits(*patterns: str) -> pre_tokenizers.PreTokenizer:
 _SPLITS = {
     "gpt-2": _splits(_GPT2_SPLIT),
     "smollm": _splits(r"\p{N}", _GPT2_SPLIT),
-    "starcoder": _splits(r"\p{N}", _GPT2_SPLIT),
     "llama-bpe": _splits(_LLAMA3_SPLIT),
+    "smaug-bpe": _splits(_LLAMA3_SPLIT),
     "qwen2": _splits(_LLAMA3_SPLIT.replace("{1,3}", "")),
     "deepseek-coder": _splits(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+", r"\p{N}"),
     "default": _splits(r"[\p{P}\$\+<=>\^~\|]+", _GPT2_SPLIT, r"\p{N}+", "[0-9][0-9][0-9]"),
+}
+# Other names of the same.
+_SAME = {
+    **dict.fromkeys(("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"), "llama-bpe"),
+    **dict.fromkeys(("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), "smollm"),
+    **dict.fromkeys(("phi-2", "mpt", "olmo", "jais", "gigachat", "mellum", "trillion", "exaone4"), "gpt-2"),
+    **dict.fromkeys(("deepseek-r1-qwen", "megrez"), "qwen2"),
+    "dbrx": "smaug-bpe",
 }
 
 
 def from_gguf(meta: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, set[int]]:
     """The tokenizer in GGUF metadata, and the ids that end a reply.
 
-    Byte-level pairs (`gpt2`) or SentencePiece pairs with byte fallback (`llama`).
-    Raises InputError for a tokenizer model or pre-tokenizer that is not in the table above.
+    Byte-level pairs (`gpt2`) or SentencePiece pairs with byte fallback (`llama`). A key that is absent means what
+    llama.cpp takes it to mean, with a warning where llama.cpp warns.
+    Raises InputError for a tokenizer model or pre-tokenizer that is not in the tables above, and for damaged fields.
     """
-    get = lambda name, default=None: meta.get(f"tokenizer.{name}", default)
+    there = {key: value for key, value in meta.items() if value is not None}
+    get = lambda name, default=None: there.get(f"tokenizer.{name}", default)
     model = get("ggml.model")
     if model not in ("gpt2", "llama"):
         raise InputError(f"GGUF tokenizer model {model!r} is not supported; accepted: gpt2, llama")
-    for name in ("tokens", "token_type", "merges" if model == "gpt2" else "scores"):
-        if get(f"ggml.{name}") is None:
-            raise InputError(f"GGUF: the field 'tokenizer.ggml.{name}' is missing")
-    names, kinds = get("ggml.tokens"), get("ggml.token_type")
+    pre = get("ggml.pre")
+    if model == "gpt2" and not pre:
+        warn("GGUF: no tokenizer.ggml.pre; text is split as for 'default', perhaps not as the model knows it")
+        pre = "default"
+    names = _listed(get, "tokens", str)
+    names = [name or f"[EMPTY_{i}]" for i, name in enumerate(names)]
+    kinds = _listed(get, "token_type", int, len(names), [_NORMAL] * len(names))
+    kinds = [_CONTROL if name in _END_NAMES | _GGUF_END_NAMES else kind for name, kind in zip(names, kinds)]
     vocab = {name: i for i, name in enumerate(names)}
+    if len(vocab) < len(names):
+        twice = next(name for i, name in enumerate(names) if vocab[name] != i)
+        raise InputError(f"GGUF: the token {twice!r} is in tokenizer.ggml.tokens twice")
+    roles = _roles(get, model, names)
     if model == "gpt2":
-        bpe = _byte_level(get("ggml.pre", "gpt-2"), vocab, get("ggml.merges"))
+        bpe = _byte_level(_SAME.get(pre, pre), vocab, _listed(get, "merges", str))
     else:
-        unknown = names[get("ggml.unknown_token_id", 0)]
-        pieces = {name: score for name, score, kind in zip(names, get("ggml.scores"), kinds) if kind == _NORMAL}
-        bpe = _sentencepiece(vocab, pieces, unknown, get("ggml.add_space_prefix", True))
+        scores = _listed(get, "scores", (int, float), len(names), [0.0] * len(names))
+        pieces = {name: score for name, score, kind in zip(names, scores, kinds) if kind == _NORMAL}
+        bpe = _sentencepiece(vocab, pieces, roles["unk_token"], get("ggml.add_space_prefix", True))
     added = [
         AddedToken(name, special=kind == _CONTROL, normalized=False)
         for name, kind in zip(names, kinds, strict=True)
         if kind in (_CONTROL, _USER_DEFINED)
     ]
     bpe.add_tokens(added)
-    roles = {
-        role: names[i]
-        for role, key in (
-            ("bos_token", "bos"),
-            ("eos_token", "eos"),
-            ("unk_token", "unknown"),
-            ("pad_token", "padding"),
+    if get("ggml.add_eos_token"):
+        raise InputError(
+            "GGUF: tokenizer.ggml.add_eos_token = True is not supported: a prompt would end before its reply"
         )
-        if (i := get(f"ggml.{key}_token_id")) is not None and i < len(names)
-    }
-    if get("ggml.add_bos_token", model == "llama") and "bos_token" in roles:
+    if get("ggml.add_bos_token", model == "llama" or _SAME.get(pre, pre) == "llama-bpe"):
+        if "bos_token" not in roles:
+            raise InputError("GGUF: BOS is to stand before a text, but tokenizer.ggml.bos_token_id is missing")
         bos = roles["bos_token"]
         bpe.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocab[bos])]
@@ -86,14 +102,44 @@ def from_gguf(meta: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, set[int]]:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, clean_up_tokenization_spaces=False, chat_template=get("chat_template"), **roles
     )
-    stops = {get(f"ggml.{key}_token_id") for key in ("eos", "eot", "eom")} - {None}
-    return tokenizer, stops | _named_ends(tokenizer)
+    stops = {i for key in ("eot", "eom") if (i := get(f"ggml.{key}_token_id")) is not None and i < len(names)}
+    named = {i for name, i in vocab.items() if name in _GGUF_END_NAMES}
+    return tokenizer, stops | named | end_ids(tokenizer)
+
+
+def _listed(get, name: str, kind: type | tuple, count: int | None = None, default: list | None = None) -> list:
+    """A list of tokenizer.ggml.*, of `count` or more entries. Raises InputError for anything else."""
+    value = get(f"ggml.{name}", default)
+    if value is None:
+        raise InputError(f"GGUF: the field 'tokenizer.ggml.{name}' is missing")
+    if not isinstance(value, list) or not all(isinstance(entry, kind) for entry in value):
+        raise InputError(f"GGUF: tokenizer.ggml.{name} is not a list of the right type")
+    if count is not None and len(value) < count:
+        raise InputError(f"GGUF: tokenizer.ggml.{name} has {len(value)} entries for {count} tokens")
+    return value[:count]
+
+
+def _roles(get, model: str, names: list[str]) -> dict[str, str]:
+    """bos_token, eos_token, unk_token and pad_token, those that there are. A SentencePiece model has ids by default."""
+    defaults = {"bos": 1, "eos": 2, "unknown": 0} if model == "llama" else {}
+    roles = {}
+    for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        i = get(f"ggml.{key}_token_id", default := defaults.get(key))
+        if i is not None and not (isinstance(i, int) and 0 <= i < len(names)):
+            taken = "none" if default is None else f"{default}, the default"
+            warn(f"GGUF: tokenizer.ggml.{key}_token_id = {i} is no token of {len(names)}; taken: {taken}")
+            i = default
+        if i is not None and i < len(names):
+            roles[f"{role}_token"] = names[i]
+    return roles
 
 
 def _byte_level(pre: str, vocab: dict[str, int], merges: list[str]) -> Tokenizer:
     if pre not in _SPLITS:
-        raise InputError(f"GGUF pre-tokenizer {pre!r} is not supported; accepted: {', '.join(_SPLITS)}")
+        raise InputError(f"GGUF pre-tokenizer {pre!r} is not supported; accepted: {', '.join([*_SPLITS, *_SAME])}")
     pairs = [tuple(merge.split(" ")) for merge in merges]
+    if not all(len(pair) == 2 and {*pair, "".join(pair)} <= vocab.keys() for pair in pairs):
+        raise InputError("GGUF: tokenizer.ggml.merges has an entry that is not two tokens which make a third")
     bpe = Tokenizer(models.BPE(vocab=vocab, merges=pairs, ignore_merges=pre == "llama-bpe"))
     bpe.pre_tokenizer, bpe.decoder = _SPLITS[pre], decoders.ByteLevel()
     if pre == "qwen2":
