@@ -306,6 +306,8 @@ _TREES = (
     # by simulation (experiments/tree_search.py, LOG.md).
     branching("draft6", 0, {(): 2}, noise={(): 1, (0,): 1, (1,): 1}),
     branching("draft8", 0, {(): 3}, noise={(): 1, (0,): 1, (1,): 1, (2,): 1}),
+    branching("draft13", 0, {(): 4, (0,): 2}, noise={(): 2, (0,): 2, (1,): 1, (0, 0): 1}),
+    branching("draft13mix", 3, {(): 3}, noise={(): 2, (0,): 2, (1,): 2}),
     branching("draft8mix", 2, {(): 2}, noise={(): 1, (0,): 1, (1,): 1}),
     chain(5, EITHER, "draft8long", noise={0: 1, 1: 1}),
     chain(13, EITHER, "draft16long", noise={0: 1, 1: 1}),

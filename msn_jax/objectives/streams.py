@@ -176,7 +176,8 @@ def divergence_sums(
         columns = jnp.stack([jnp.ones_like(far), far, *hits], axis=-1)
         return jnp.where(weight[..., None], columns, 0).sum(axis=(0, 1))
 
-    chunk = max(1, min(A, head_chunk // J))
+    parts = -(-A // max(1, head_chunk // J))
+    chunk = -(-A // parts)
     short = -A % chunk
     split = lambda x: jnp.moveaxis(
         jnp.pad(x, ((0, 0), (0, short)) + ((0, 0),) * (x.ndim - 2)).reshape(B, -1, chunk, *x.shape[2:]), 1, 0

@@ -1,0 +1,157 @@
+"""Arms of `experiments.learn` by name, and training one in compiled dispatches of many steps."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from msn_jax import InputError, train_step
+from msn_jax.adapters import init_trained
+from msn_jax.config import DataConfig, DataSource, LoraConfig, ModelStart, NoiseConfig, RunConfig, TrainConfig
+from msn_jax.io.adapters import save_adapter
+from msn_jax.objectives.scores import metrics_of
+
+INLINE = NoiseConfig(length=4, density=0.4)
+BESIDE = NoiseConfig(length=4, layout="beside", anchors=48)
+DRAFT = re.compile(r"draft-r(\d+)(-int8)?(-l1|-overlap)?(?:-n(\d))?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    name: str
+    noise: NoiseConfig
+    lora: LoraConfig
+    learning_rate: float
+    steps: int | None  # None: as many as there is time for
+    rows: int
+
+    def run(self, args: argparse.Namespace) -> RunConfig:
+        """Its settings; the steps are given while it runs."""
+        train = TrainConfig(
+            out="unused",
+            steps=10**6,
+            batch_size=self.rows,
+            learning_rate=self.learning_rate,
+            warmup_steps=10,
+            dtype=args.dtype,
+            activation_dtype=args.activations,
+            remat=args.remat,
+            head_chunk=192,
+        )
+        source = DataConfig(sources=[DataSource(path="packed")], max_tokens=args.tokens)
+        return RunConfig(model=ModelStart(ckpt=args.ckpt), data=source, noise=self.noise, train=train, lora=self.lora)
+
+
+def parse_arm(text: str, rows: int) -> Arm:
+    """An arm by its name, see above."""
+    name, _, size = text.partition("@")
+    steps, wide = map(int, size.split("x")) if size else (None, rows)
+    if found := DRAFT.fullmatch(name):
+        rank, int8, loss, length = found.groups()
+        noise = NoiseConfig(length=int(length or 3), anchors=128)
+        if loss:
+            noise = dataclasses.replace(noise, loss=loss[1:], decay=float(np.exp(-1 / 4)))
+        lora = LoraConfig(rank=int(rank), alpha=float(rank), draft_only=True, store="int8" if int8 else "float16")
+        return Arm(text, noise, lora, 1e-3, steps, wide)
+    layout, *options = name.split("-")
+    known = {"plain": NoiseConfig(kind="none", length=4), "inline": INLINE, "beside": BESIDE}
+    if layout not in known or set(options) - {"marked", "model"}:
+        raise InputError(f"--arms {text}: accepted: draft-rRANK, plain, inline, beside, inline-marked, beside-marked")
+    noise = dataclasses.replace(
+        known[layout], mark="marked" in options, target="model" if "model" in options else "label"
+    )
+    return Arm(text, noise, LoraConfig(rank=16, alpha=16.0), 5e-4, steps or 120, wide if size else 8)
+
+
+def cosine(step, train: TrainConfig, total):
+    """train.learning_rate after a warm-up, and down to a tenth at `total` steps, which may be traced."""
+    done = (step + 1).astype(jnp.float32)
+    part = jnp.clip((done - train.warmup_steps) / jnp.maximum(total - train.warmup_steps, 1), 0, 1)
+    share = jnp.where(done < train.warmup_steps, done / train.warmup_steps, 0.55 + 0.45 * jnp.cos(jnp.pi * part))
+    return train.learning_rate * share
+
+
+class Trainer:
+    """The compiled programs of an arm, the same for all its seeds."""
+
+    def __init__(self, arm: Arm, args: argparse.Namespace, frozen, rows: dict, held: dict):
+        self.arm, self.args, self.frozen = arm, args, frozen
+        self.run, self.rows, self.held = arm.run(args), rows, held
+        cfg = args.cfg
+
+        def many(state, frozen, rows, index, key, total):
+            schedule = partial(cosine, train=self.run.train, total=total)
+            step = train_step.make_train_step(cfg, self.run, key=key, schedule=schedule)
+
+            def one(state, picked):
+                state, report = step(state, frozen, jax.tree.map(lambda x: x[picked], rows))
+                return state, (report["by_depth"], report["grad_norm"])
+
+            return jax.lax.scan(one, state, index)
+
+        def score(params, frozen, held):
+            evaluate = train_step.make_eval_step(cfg, self.run)
+            count = len(held["tokens"])
+            return jax.lax.map(lambda part: evaluate(params, frozen, *part), (held, jnp.arange(count)))
+
+        def fresh(key):
+            params = init_trained(key, cfg, arm.lora, arm.noise)
+            opt_state = train_step.make_optimizer(self.run.train).init(params)
+            return train_step.TrainState(step=jnp.int32(0), params=params, opt_state=opt_state)
+
+        key, index = jax.random.key(0), jnp.zeros((args.dispatch, arm.rows), jnp.int32)
+        self.fresh = jax.jit(fresh).lower(key).compile()
+        self.state = jax.eval_shape(fresh, key)
+        self.many = jax.jit(many, donate_argnums=0).lower(self.state, frozen, rows, index, key, 1.0).compile()
+        self.score = jax.jit(score).lower(self.state.params, frozen, held).compile()
+
+    def same_shape(self, trained: Any) -> bool:
+        """Whether something that was trained elsewhere can be scored here."""
+        shapes = lambda tree: (jax.tree.structure(tree), [x.shape for x in jax.tree.leaves(tree)])
+        return shapes(trained) == shapes(self.state.params)
+
+    def held_out(self, params) -> dict[str, float]:
+        """Clean loss (of draft-only arms the divergence), and accuracy by depth."""
+        clean, noisy = (metrics_of(np.asarray(sums).sum(axis=0)) for sums in self.score(params, self.frozen, self.held))
+        return {"loss": clean["loss"]} | {name: value for name, value in noisy.items() if "depth" in name}
+
+    def train(self, seed: int, seconds: float, out: Path) -> tuple[Any, dict]:
+        """Train from the start of a seed, for the arm's steps or the time. Returns (what was trained, figures)."""
+        key, total = jax.random.key(seed), self.arm.steps
+        state = self.fresh(key)
+        rng, count, dispatch = np.random.default_rng(seed), len(self.rows["tokens"]), self.args.dispatch
+        order, losses = np.zeros(0, np.int64), []
+        begin = saved = time.perf_counter()
+        while total is None or dispatch * len(losses) < total:
+            while len(order) < dispatch * self.arm.rows:
+                order = np.concatenate([order, rng.permutation(count)])
+            index, order = np.split(order, [dispatch * self.arm.rows])
+            index = jnp.asarray(index.reshape(dispatch, -1), jnp.int32)
+            # The first two dispatches tell what a step takes; until then the schedule goes by a guess.
+            state, (sums, _) = self.many(state, self.frozen, self.rows, index, key, float(total or 1000))
+            jax.block_until_ready(losses[-1:])  # one dispatch ahead of the device
+            losses.append(sums)
+            if total is None and len(losses) == 2:
+                jax.block_until_ready(sums)
+                total = dispatch * max(2, int(2 * seconds / (time.perf_counter() - begin)))
+            if self.arm.steps is None and time.perf_counter() - begin > 1.1 * seconds:
+                break
+            if time.perf_counter() - saved > 60:  # a run that is cut off leaves this much
+                save_adapter(out, state.params, self.arm.lora, self.args.ckpt)
+                saved = time.perf_counter()
+        jax.block_until_ready(state)
+        used, done = time.perf_counter() - begin, dispatch * len(losses)
+        save_adapter(out, state.params, self.arm.lora, self.args.ckpt)
+        curve = np.concatenate([np.asarray(sums) for sums in losses])
+        curve = [metrics_of(part.sum(axis=0))["loss"] for part in np.array_split(curve, min(40, len(curve)))]
+        tokens = done * self.arm.rows * self.args.tokens
+        return state.params, {"steps": done, "step_s": used / done, "tokens_per_s": tokens / used, "losses": curve}

@@ -1,0 +1,192 @@
+"""Train many arms on one accelerator in minutes: own replies, rows that stay on the device, many steps a dispatch.
+
+    python -m experiments.learn --ckpt CKPT --prompts A.jsonl --tuning B.jsonl --questions Q.jsonl --out OUT \
+      --arms plain,inline,inline-marked,beside,beside-marked,draft-r28,draft-r48-int8 --seconds 300
+
+Arms: draft-rRANK[-int8][-l1|-overlap][-nLENGTH] learn the model's own replies to --prompts (draft-only adapters);
+plain, inline[-marked] and beside[-marked][-model] are LoRA runs of rank 16 on --tuning, as the arms of evidence.yaml.
+ARM@STEPSxROWS trains that long; draft arms without it share what is left of --seconds. Arms with steps come first.
+Each arm's adapter and figures are in --out as soon as it is done: OUT/ARM-seedS/, OUT/learn.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from experiments.arm_training import Arm, Trainer, parse_arm
+from experiments.one_batch import measure, ratios, shown, with_trained
+from experiments.packed import conversations, encoded, own_examples, pack, prompts_of
+from msn_jax import DecodeConfig, InputError, init, load
+from msn_jax.adapters import init_trained
+from msn_jax.errors import first_line, run_command
+from msn_jax.io.adapters import load_adapter
+from msn_jax.io.loading import LM
+from msn_jax.params import stack_layers
+from msn_jax.questions import read_questions
+from msn_jax.records import keep_rows, run_record
+
+
+def plan(arm: Arm, args: argparse.Namespace) -> dict[str, str]:
+    """What an arm is measured with, by dtype."""
+    if not arm.lora.draft_only:
+        return {args.dtype: args.marked_methods if arm.noise.mark else args.methods}
+    methods = {args.dtype: args.draft_methods}
+    return methods | ({"float32": args.float32_methods} if args.float32_methods else {})
+
+
+def smaller(lm: LM) -> LM:
+    """A random model of the same vocabulary for rehearsals."""
+    cfg = dataclasses.replace(lm.cfg, embed=32, layers=2, heads=2, kv_heads=1, head_dim=16, mlp=64)
+    return dataclasses.replace(lm, cfg=cfg, params=init(jax.random.key(0), cfg))
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--ckpt", required=True)
+    p.add_argument("--adapter", help="a draft-only adapter to measure beside the arms")
+    p.add_argument("--prompts", type=Path, nargs="*", default=[], help="rows whose prompts the model answers itself")
+    p.add_argument("--tuning", type=Path, nargs="*", default=[], help="rows whose replies are learnt")
+    p.add_argument("--questions", required=True, help="JSONL with question_id, category, turns; first turns are asked")
+    p.add_argument("--limit", type=int, help="use this many questions")
+    p.add_argument("--out", type=Path, required=True)
+    p.add_argument("--arms", default="")
+    p.add_argument("--seeds", default="0", help="of the arms with steps; draft arms have the first")
+    p.add_argument("--seconds", type=float, default=300, help="of everything; draft arms share what is left")
+    p.add_argument("--answer_seconds", type=float, default=40, help="of these for the model's own replies")
+    p.add_argument("--temperatures", default="0,0.8,0.8,1", help="of those replies, one round over all prompts each")
+    p.add_argument("--answer_batch", type=int, default=256)
+    p.add_argument("--tokens", type=int, default=384, help="a packed row")
+    p.add_argument("--rows", type=int, default=32, help="a step of draft arms")
+    p.add_argument("--dispatch", type=int, default=20, help="steps of one program")
+    p.add_argument("--max_new_tokens", type=int, default=128)
+    p.add_argument("--methods", default="ar,jacobi:small13,tr-jacobi:small13")
+    p.add_argument("--marked_methods", default="ar,jacobi:draft13,tr-jacobi:draft13mix")
+    p.add_argument("--draft_methods", default="ar,jacobi:draft13,tr-jacobi:draft13mix")
+    p.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    p.add_argument("--activations", choices=("float32", "bfloat16"), help="of training, between products")
+    p.add_argument("--remat", default="none", choices=("full", "dots", "none"))
+    p.add_argument("--float32_methods", default="", help="of draft arms, in float32 as well")
+    p.add_argument("--figure_seconds", type=float, default=10, help="kept for the figures of a draft arm")
+    p.add_argument("--small", action="store_true", help="a random tiny model, to rehearse with")
+    args = p.parse_args()
+    begin = time.perf_counter()
+    say = lambda text: print(f"{time.perf_counter() - begin:6.1f} s  {text}", flush=True)
+
+    arms = [parse_arm(text, args.rows) for text in args.arms.split(",") if text]
+    arms.sort(key=lambda arm: arm.steps is None)
+    questions = read_questions(args.questions)[: args.limit]
+    lm = load(args.ckpt)
+    lm = smaller(lm) if args.small else lm
+    args.cfg = lm.cfg
+    fast = dataclasses.replace(lm, params=jax.tree.map(lambda x: x.astype(args.dtype), lm.params))
+    frozen = stack_layers(fast.params)
+    say(f"loaded; {len(questions)} questions, {jax.devices()[0].device_kind}")
+    keep = lambda record: keep_rows(args.out / "learn.jsonl", [record])
+    keep(run_record() | {"jax": jax.__version__, "settings": {k: str(v) for k, v in vars(args).items() if k != "cfg"}})
+
+    draft = any(arm.lora.draft_only for arm in arms)
+    tuned = any(not arm.lora.draft_only for arm in arms)
+    # What is to be compiled is compiled while the model answers: each shape of adapter with its trees. Few at a time,
+    # since each needs its caches.
+    pool, measuring = ThreadPoolExecutor(16), ThreadPoolExecutor(4)
+    early = {"untouched": measuring.submit(measure, fast, questions, args.methods, args.max_new_tokens)}
+    if args.adapter:
+        given = load_adapter(args.adapter, lm.cfg)
+        model = with_trained(lm, given, args.dtype)
+        early["adapter"] = measuring.submit(measure, model, questions, args.draft_methods, args.max_new_tokens)
+    shapes = {(arm.lora.draft_only and arm.lora.rank, arm.noise.mark, arm.noise.length): arm for arm in arms}
+    for arm in (arm for arm in shapes.values() if arm.lora.draft_only or arm.noise.mark):
+        new = init_trained(jax.random.key(0), lm.cfg, arm.lora, arm.noise)
+        for dtype, methods in plan(arm, args).items():
+            model, methods = with_trained(lm, new, dtype), methods.removeprefix("ar," if dtype == args.dtype else "")
+            early[f"new {arm.name} {dtype}"] = measuring.submit(measure, model, questions, methods, args.max_new_tokens)
+
+    def packed(kind: str, rows: int) -> tuple[dict, dict]:
+        """(rows to train on, held-out rows in batches [n, rows, T]), on the device."""
+        whole, held = pack(data[kind], args.tokens), None
+        if kind == "own":
+            held = pack(data["held"], args.tokens)
+        else:
+            most = min(96, len(whole["tokens"]) // 4)
+            held, whole = ({name: x[part] for name, x in whole.items()} for part in (slice(most), slice(most, None)))
+        short = -len(held["tokens"]) % rows
+        fill = lambda x: np.pad(x, ((0, short), (0, 0))).reshape(-1, rows, args.tokens)
+        return jax.device_put(whole), jax.device_put({name: fill(x) for name, x in held.items()})
+
+    data = {}
+    if tuned:
+        data["tuning"] = list(encoded(lm, conversations(args.tuning), args.tokens))
+        say(f"{len(data['tuning'])} examples to tune on")
+    if draft:
+        prompts = prompts_of(lm, conversations(args.prompts), args.tokens - args.max_new_tokens)
+        config = DecodeConfig(method="ar", max_new_tokens=args.max_new_tokens, batch_size=args.answer_batch)
+        heats = [float(t) for t in args.temperatures.split(",")]
+        # Held-out prompts are answered once, greedily, and by none of the other rounds.
+        split, data["held"] = args.answer_batch, list(own_examples(fast, prompts[: args.answer_batch], config, 1, [0]))
+        data["own"] = list(own_examples(fast, prompts[split:], config, args.answer_seconds, heats))
+        keep_rows(args.out / "own.jsonl", [[t.tolist(), int(r.argmax())] for t, r in data["own"]])
+        say(f"{len(data['own'])} own replies to {len(prompts)} prompts")
+    kind_of = lambda arm: "own" if arm.lora.draft_only else "tuning"
+    placed = {(kind_of(arm), arm.rows): None for arm in arms}
+    for kind, rows in placed:
+        placed[kind, rows] = packed(kind, rows)
+        say(f"{kind}: {len(placed[kind, rows][0]['tokens'])} rows of {args.tokens}, {rows} a step")
+    waiting = [pool.submit(Trainer, arm, args, frozen, *placed[kind_of(arm), arm.rows]) for arm in arms]
+    base = early["untouched"].result()
+    for name, measured in early.items():
+        measured = measured.result()
+        keep({"arm": name} | measured)
+        say(f"{name}: {shown(measured, base)}")
+    trainers = [trainer.result() for trainer in waiting]
+    say("compiled")
+    for trainer in trainers:
+        arm = trainer.arm
+        if args.adapter and arm.lora.draft_only and trainer.same_shape(given):
+            found = trainer.held_out(given)
+            keep({"arm": "adapter", "held_out": found})
+            say(f"adapter: {found}")
+            break
+
+    plain, failed = {}, []
+
+    def one_arm(trainer: Trainer, seed: int, seconds: float) -> None:
+        arm, name = trainer.arm, f"{trainer.arm.name}-seed{seed}"
+        trained, figures = trainer.train(seed, seconds, args.out / name)
+        if arm.lora.draft_only:  # as it is stored, too
+            figures["held_out_unrounded"] = trainer.held_out(trained)
+            trained = load_adapter(args.out / name, lm.cfg)
+        figures["held_out"] = trainer.held_out(trained)
+        record = {"arm": arm.name, "seed": seed, "noise": dataclasses.asdict(arm.noise)}
+        keep(record | {"lora": dataclasses.asdict(arm.lora)} | figures)
+        say(f"{name}: {figures['steps']} steps of {figures['step_s']:.4f} s, held out {figures['held_out']}")
+        for dtype, methods in plan(arm, args).items():
+            speed = measure(with_trained(lm, trained, dtype), questions, methods, args.max_new_tokens)
+            if arm.name.startswith("plain"):
+                plain[seed] = speed
+            other = base if arm.lora.draft_only else plain.get(seed, base)
+            keep({"arm": arm.name, "seed": seed, "dtype": dtype, "to_base": ratios(speed, other)} | speed)
+            say(f"{name} {dtype}: {shown(speed, other)}")
+
+    for number, trainer in enumerate(trainers):
+        for seed in map(int, args.seeds.split(",") if trainer.arm.steps else args.seeds.split(",")[:1]):
+            left = begin + args.seconds - time.perf_counter()
+            share = max(left / (len(trainers) - number) - args.figure_seconds, 1)
+            try:
+                one_arm(trainer, seed, share)
+            except jax.errors.JaxRuntimeError as e:  # too little memory, say: the other arms go on
+                failed.append(f"{trainer.arm.name}, seed {seed}: {first_line(e)}")
+                say(f"failed: {failed[-1]}")
+    say("done")
+    if failed:
+        raise InputError(f"{len(failed)} failed: {'; '.join(failed)}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,79 @@
+"""Tokens a pass of a model that was just trained: all questions in one batch, by each method."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.spec_bench import parse_method, repeated_4grams
+from experiments.statistics import by_question, mat_interval, mat_ratio
+from msn_jax import DecodeConfig
+from msn_jax.adapters import Marked, merge
+from msn_jax.decode.generate import encode, generate_batches
+from msn_jax.io.loading import LM
+from msn_jax.params import DraftAdapter, unstack
+
+
+def with_trained(lm: LM, trained: Any, dtype: str) -> LM:
+    """The model as it decodes with what was trained beside its float32 weights, in a dtype."""
+    drafter, trained = None, jax.tree.map(np.asarray, trained)  # off whatever devices it was trained on
+    if isinstance(trained, DraftAdapter):
+        drafter = trained.replace(layers=unstack(trained.layers))
+    else:
+        if isinstance(trained, Marked):
+            drafter, trained = DraftAdapter(None, trained.noise_embed), trained.weights
+        lm = dataclasses.replace(lm, params=merge(lm.params, unstack(trained)))
+    params, drafter = jax.tree.map(lambda x: jnp.asarray(x, dtype), (lm.params, drafter))
+    return dataclasses.replace(lm, params=params, drafter=drafter)
+
+
+def measure(lm: LM, questions: list[dict], methods: str, max_new_tokens: int) -> dict:
+    """All questions in one batch by each method: answers in the form of spec_bench, and tokens a pass."""
+    prompts = [encode(lm, [{"role": "user", "content": q["turns"][0]}]) for q in questions]
+    base = DecodeConfig(max_new_tokens=max_new_tokens)
+    answers, figures, plain = [], {}, None
+    for method in methods.split(","):
+        config = dataclasses.replace(parse_method(method, base), batch_size=len(prompts))
+        # One program of plain decoding for all arms.
+        model = dataclasses.replace(lm, drafter=None) if config.method == "ar" else lm
+        (results,) = generate_batches(model, prompts, config)
+        plain = plain or results
+        for question, result in zip(questions, results, strict=True):
+            answers.append(
+                {
+                    "question_id": question["question_id"],
+                    "method": method,
+                    "tokens": len(result.tokens),
+                    "forwards": result.forwards,
+                    "rep4_frac": round(repeated_4grams(result.tokens), 4),
+                }
+            )
+        sums = by_question({"answers": answers}, method)
+        same = sum(a.tokens == b.tokens for a, b in zip(results, plain, strict=True))
+        figures[method] = {"mat_no_loops": mat_interval(sums) if sums else None, "same_as_first": same}
+        figures[method] |= {"seconds": sum(r.seconds for r in results), "outputs": len(results)}
+    return {"methods": figures, "answers": answers}
+
+
+def ratios(speed: dict, base: dict) -> dict[str, tuple[float, float, float] | None]:
+    """Tokens a pass over those of `base`, method by method in their order, with the interval over questions."""
+    found = {}
+    for method, other in zip(speed["methods"], base["methods"], strict=False):
+        ours, theirs = by_question(speed, method), by_question(base, other)
+        found[method] = mat_ratio(ours, theirs) if ours and theirs else None
+    return found
+
+
+def shown(speed: dict, base: dict) -> str:
+    """Tokens a pass without loops by method, and over `base` with the interval."""
+    over = ratios(speed, base)
+    parts = []
+    for method, figures in speed["methods"].items():
+        mat, ratio = figures["mat_no_loops"], over.get(method)
+        text = f"{method} {mat[0]:.3f}" if mat else f"{method} all loop"
+        parts.append(text + (" x{:.3f} [{:.3f}, {:.3f}]".format(*ratio) if ratio else ""))
+    return ", ".join(parts) + f", same {[f['same_as_first'] for f in speed['methods'].values()]}"
