@@ -101,7 +101,7 @@ def adapted(
     """`linear` with its bias, and with what an adapter adds to the `last` of T tokens (None: to all)."""
     y = linear(x, w, in_dims)
     if bias is not None:
-        y = y + bias.astype(y.dtype)
+        y = y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
     if low_rank is None:
         return y
     x = x if last is None else x[:, -last:]

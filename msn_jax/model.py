@@ -18,6 +18,7 @@ from msn_jax.cache import KVCache
 from msn_jax.linear import HIGHEST, adapted, linear
 from msn_jax.model_config import ModelConfig
 from msn_jax.params import DraftAdapter, Layer, Params
+from msn_jax.shape_checks import check_shapes
 from msn_jax.sharding import constrain
 
 QUERY_BLOCK = (128, 1024)  # least and most tokens of a row that attend at one time, in training
@@ -29,16 +30,20 @@ REMAT = {
 }
 
 
+@jax.named_scope("norm")
 def norm(x: Array, scale: Array, bias: Array | None, eps: float) -> Array:
     """Over the last axis, in float32: LayerNorm with a bias, root mean square norm where it is None."""
     x32 = x.astype(jnp.float32)
     if bias is not None:
         x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    x32 = x32 * scale.astype(jnp.float32)
-    return (x32 if bias is None else x32 + bias.astype(jnp.float32)).astype(x.dtype)
+    x32 = x32 * jnp.broadcast_to(scale.astype(jnp.float32), x32.shape)
+    if bias is not None:
+        x32 = x32 + jnp.broadcast_to(bias.astype(jnp.float32), x32.shape)
+    return x32.astype(x.dtype)
 
 
+@jax.named_scope("embed")
 def embed(params: Params, tokens: Array) -> Array:
     """Rows [B, T, D] of the table for tokens [B, T]."""
     # The table whole along D, or a lookup over a mesh makes every device hold the rows of the whole batch.
@@ -60,7 +65,7 @@ def rope_frequencies(cfg: ModelConfig) -> np.ndarray:
 
 def rope_angles(cfg: ModelConfig, positions: Array) -> tuple[Array, Array]:
     """Cosine and sine [B, T, H/2] of the angles of positions [B, T]."""
-    angles = positions.astype(jnp.float32)[..., None] * rope_frequencies(cfg)
+    angles = positions.astype(jnp.float32)[..., None] * rope_frequencies(cfg)[None, None]
     return jnp.cos(angles), jnp.sin(angles)
 
 
@@ -102,8 +107,8 @@ def attention(
     scores = jnp.where(mask, scores_of(rows, k), MASKED)
     top = scores.max(axis=-1, keepdims=True)
     if cached is not None:
-        slots = jnp.arange(cached[0].shape[2])
-        valid = (slots < length[:, None])[:, None, None]
+        slots = jnp.arange(cached[0].shape[2])[None, None, None]
+        valid = slots < length[:, None, None, None]
         if oldest is not None:
             valid &= slots >= jnp.repeat(oldest, G, axis=1)[:, None, :, None]
         past = jnp.where(valid, scores_of(rows, cached[0].astype(q.dtype)), MASKED)
@@ -136,7 +141,7 @@ def causal_attention(q: Array, k: Array, v: Array, segments: Array | None, windo
         first = 0 if window is None else max(start - window + 1, 0) // QUERY_BLOCK[0] * QUERY_BLOCK[0]
         mask = (at[start:end, None] >= at[None, first:end])[None]
         if window is not None:
-            mask &= at[start:end, None] - at[None, first:end] < window
+            mask &= (at[start:end, None] - at[None, first:end] < window)[None]
         if segments is not None:
             mask &= segments[:, start:end, None] == segments[:, None, first:end]
         return attend(q[:, start:end], k[:, :, first:end], v[:, :, first:end], mask)
@@ -162,24 +167,26 @@ def block(
     `adapted`.
     """
     part = lambda name: getattr(adapter, name, None)
-    h = norm(x, layer.attn_norm, layer.attn_norm_bias, cfg.norm_eps)
-    qkv = adapted(h, layer.qkv, layer.qkv_bias, part("qkv"), last)
-    qk = qkv[..., :-1, :]
-    if cfg.qk_norm:
-        scale = jnp.stack([layer.q_norm] * cfg.group + [layer.k_norm])
-        qk = norm(qk, scale, None, cfg.norm_eps)
-    qk = rope(qk, cos, sin)
-    q, k, v = qk[..., :-1, :], qk[..., -1, :].transpose(0, 2, 1, 3), qkv[..., -1, :].transpose(0, 2, 1, 3)
-    q, k, v = (rows.astype(layer.qkv.dtype) for rows in (q, k, v))
-    a = attend(q, k, v).astype(x.dtype)
-    x = x + constrain(adapted(a, layer.o, layer.o_bias, part("o"), last, in_dims=2), "batch", None, None)
-    h = norm(x, layer.mlp_norm, layer.mlp_norm_bias, cfg.norm_eps)
-    gate_up = adapted(h, layer.gate_up, layer.gate_up_bias, part("gate_up"), last)
-    if cfg.activation == "swiglu":
-        h = jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
-    else:
-        h = jax.nn.gelu(gate_up, approximate=True)  # by tanh
-    x = x + constrain(adapted(h, layer.down, layer.down_bias, part("down"), last), "batch", None, None)
+    with jax.named_scope("attention"):
+        h = norm(x, layer.attn_norm, layer.attn_norm_bias, cfg.norm_eps)
+        qkv = adapted(h, layer.qkv, layer.qkv_bias, part("qkv"), last)
+        qk = qkv[..., :-1, :]
+        if cfg.qk_norm:
+            scale = jnp.stack([layer.q_norm] * cfg.group + [layer.k_norm])
+            qk = norm(qk, scale, None, cfg.norm_eps)
+        qk = rope(qk, cos, sin)
+        q, k, v = qk[..., :-1, :], qk[..., -1, :].transpose(0, 2, 1, 3), qkv[..., -1, :].transpose(0, 2, 1, 3)
+        q, k, v = (rows.astype(layer.qkv.dtype) for rows in (q, k, v))
+        a = attend(q, k, v).astype(x.dtype)
+        x = x + constrain(adapted(a, layer.o, layer.o_bias, part("o"), last, in_dims=2), "batch", None, None)
+    with jax.named_scope("mlp"):
+        h = norm(x, layer.mlp_norm, layer.mlp_norm_bias, cfg.norm_eps)
+        gate_up = adapted(h, layer.gate_up, layer.gate_up_bias, part("gate_up"), last)
+        if cfg.activation == "swiglu":
+            h = jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
+        else:
+            h = jax.nn.gelu(gate_up, approximate=True)  # by tanh
+        x = x + constrain(adapted(h, layer.down, layer.down_bias, part("down"), last), "batch", None, None)
     return x, (k, v)
 
 
@@ -219,7 +226,16 @@ def forward(
     dtype: of what stands between products, the residual stream; None: that of the weights.
 
     Returns (hidden [B, T, D] after the final norm, new k, v); `unembed` turns hidden rows into logits.
+    Raises InputError for an argument of another shape.
     """
+    keys = f"float[B, {cfg.kv_heads}, S, {cfg.head_dim}]"
+    check_shapes(
+        tokens=(tokens, "int[B, T]"),
+        positions=(positions, "int[1 or B, T]"),
+        mask=(mask, "bool[T, T]" if np.ndim(mask) == 2 else "bool[1 or B, T, T]"),
+        segments=(segments, "int[B, T]"),
+        **({} if cache is None else {"cache.k[0]": (cache.k[0], keys), "cache.length": (cache.length, "int[B]")}),
+    )
     cos, sin = rope_angles(cfg, positions)
     x = embed(params, tokens)
     if marks is not None:
@@ -265,7 +281,9 @@ def forward(
     return final_norm(params, cfg, x), tuple(new)
 
 
+@jax.named_scope("unembed")
 def unembed(params: Params, cfg: ModelConfig, hidden: Array) -> Array:
     """Logits [..., V] in float32 of hidden rows [..., D]."""
+    check_shapes(hidden=(hidden, f"float[..., {cfg.embed}]"))
     table = params.embed if cfg.tie_embeddings else params.unembed
     return linear(hidden, table, dtype=jnp.float32)

@@ -13,6 +13,7 @@ from jax import Array
 
 from msn_jax.config import NoiseConfig
 from msn_jax.errors import InputError
+from msn_jax.shape_checks import check_shapes
 
 
 def add_noise(key: Array, tokens: Array, response_mask: Array, segment_ids: Array, cfg: NoiseConfig) -> Array:
@@ -20,8 +21,13 @@ def add_noise(key: Array, tokens: Array, response_mask: Array, segment_ids: Arra
 
     tokens int32[B, T]; response_mask bool[B, T], where a token belongs to a reply; segment_ids int32[B, T], the
     example of each token in a packed row, 0 for padding. Returns int32[B, T]. Labels are to be taken from `tokens`.
-    Raises InputError for cfg.kind `random` without cfg.vocab_size.
+    Raises InputError for an argument of another shape, and for cfg.kind `random` without cfg.vocab_size.
     """
+    check_shapes(
+        tokens=(tokens, "int[B, T]"),
+        response_mask=(response_mask, "bool[B, T]"),
+        segment_ids=(segment_ids, "int[B, T]"),
+    )
     where, what = jax.random.split(key)
     depth = noise_depth(where, response_mask, segment_ids, cfg)
     return fill_noise(what, tokens, depth, segment_ids, cfg)
@@ -48,7 +54,7 @@ def noise_depth(
     L = jnp.int32(cfg.length) if length is None else length
     if cfg.kind == "none":
         return jnp.zeros((B, T), jnp.int32)
-    at = jnp.arange(T)
+    at = jnp.arange(T)[None]
     first, last = _ends(segment_ids[:, 1:] != segment_ids[:, :-1])
     same = (segment_ids[:, 1:] == segment_ids[:, :-1]) & response_mask[:, 1:] & response_mask[:, :-1]
     _, reply_end = _ends(~same)
@@ -90,7 +96,7 @@ def fill_noise(key: Array, tokens: Array, depth: Array, segment_ids: Array, cfg:
     else:
         # Drawn from what stands before the segment, as decoding draws it from the text up to the root.
         first, _ = _ends(segment_ids[:, 1:] != segment_ids[:, :-1])
-        start = jnp.arange(tokens.shape[1]) - depth + 1
+        start = jnp.arange(tokens.shape[1])[None] - depth + 1
         source = jax.random.randint(key, tokens.shape, first, jnp.maximum(start, first + 1))
         noise = jnp.take_along_axis(tokens, source, axis=1)
     return jnp.where(depth > 0, noise, tokens)
@@ -113,7 +119,7 @@ def hung_tokens(key: Array, tokens: Array, segment_ids: Array, anchors: Array, c
 def _ends(breaks: Array) -> tuple[Array, Array]:
     """First and last index of the run that each of T places is in; breaks bool[B, T-1], between neighbours."""
     B, T = breaks.shape[0], breaks.shape[1] + 1
-    at, edge = jnp.arange(T), jnp.ones((B, 1), bool)
+    at, edge = jnp.arange(T)[None], jnp.ones((B, 1), bool)
     first = jax.lax.cummax(jnp.where(jnp.concatenate([edge, breaks], axis=1), at, 0), axis=1)
     last = jax.lax.cummin(jnp.where(jnp.concatenate([breaks, edge], axis=1), at, T - 1), axis=1, reverse=True)
     return first, last

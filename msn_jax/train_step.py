@@ -17,9 +17,11 @@ from jax.sharding import Mesh
 
 from msn_jax.adapters import declare_trained, init_trained, parts_of
 from msn_jax.config import LINEAR_MAPS, NoiseConfig, RunConfig, TrainConfig
+from msn_jax.errors import InputError
 from msn_jax.model_config import ModelConfig
 from msn_jax.objectives import objective_of
 from msn_jax.params import ArraySpec, Params, shaped
+from msn_jax.shape_checks import check_shapes
 from msn_jax.sharding import constrain
 
 # Peak of matrix products in bfloat16, FLOP/s a device (data sheets; H100 and A100 without sparsity).
@@ -92,6 +94,14 @@ def batch_shapes(rows: int, tokens: int, mesh: Mesh) -> dict[str, jax.ShapeDtype
     return {name: shaped(spec, mesh, dtype) for name, dtype in kinds.items()}
 
 
+def check_batch_arrays(batch: dict[str, Array]) -> None:
+    """Raise InputError for an array of data.py's batches that is missing or of another shape."""
+    kinds = {"tokens": "int", "segment_ids": "int", "positions": "int", "response": "bool"}
+    if missing := kinds.keys() - batch.keys():
+        raise InputError(f"batch: {', '.join(sorted(missing))} missing; accepted: {', '.join(kinds)}, each [B, T]")
+    check_shapes(**{f"batch {name}": (batch[name], f"{kind}[B, T]") for name, kind in kinds.items()})
+
+
 def init_state(cfg: ModelConfig, run: RunConfig, mesh: Mesh, params: Params | None = None) -> TrainState:
     """The state before the first step, made in place on the mesh.
 
@@ -133,6 +143,7 @@ def make_train_step(
     gradient = jax.value_and_grad(loss, has_aux=True)
 
     def step(state: TrainState, frozen: Params | None, batch: dict[str, Array]) -> tuple[TrainState, dict]:
+        check_batch_arrays(batch)
         whole = batch, objective.draw(jax.random.fold_in(key, state.step), batch, noise, state.step)
 
         def one_part(carry, part):

@@ -29,6 +29,7 @@ from msn_jax import DecodeConfig, ModelConfig, forward, init, load, unembed
 from msn_jax.decode import init_state, prefill, run
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 GOLDENS = Path(__file__).parent / "goldens"
 # The model of a training run of seconds.

@@ -59,7 +59,7 @@ def logits_of(tiny, drafter):
     def run(text, n):
         # One program for all texts: the noise stands behind the padding, which nothing after it sees.
         positions = jnp.where(depth > 0, n + depth - 1, at)[None]
-        mask = (at[:, None] >= at) & ((at < n) | (depth > 0) | (at[:, None] < 20))
+        mask = (at[:, None] >= at) & (((at < n) | (depth > 0))[None] | (at[:, None] < 20))
         hidden, _ = forward(params, cfg, text, positions, mask, adapter=drafter, noise_depth=depth)
         return unembed(params, cfg, hidden)[0]
 

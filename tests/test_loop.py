@@ -218,7 +218,7 @@ def stop_ignored(emitted, count, remaining, stop_ids):
     """Looks for a stop only at the end of what a pass emits."""
     kept = jnp.minimum(count, remaining)
     final = jnp.take_along_axis(emitted, kept[:, None] - 1, axis=1)
-    return kept, (final == stop_ids).any(axis=1)
+    return kept, (final == stop_ids[None]).any(axis=1)
 
 
 verify_accept = verify.accept

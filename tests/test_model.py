@@ -177,3 +177,11 @@ def test_llama3_scaling_keeps_short_and_stretches_long_wavelengths():
     wavelength = 2 * np.pi / plain
     np.testing.assert_allclose(ratio[wavelength < 8192 / 4], 1, rtol=1e-6)
     np.testing.assert_allclose(ratio[wavelength > 8192], 1 / 8, rtol=1e-6)
+
+
+def test_a_profile_shows_the_parts(tiny):
+    cfg, params = tiny
+    logits = lambda tokens: unembed(params, cfg, msn_jax.forward(params, cfg, tokens, tokens)[0])
+    text = jax.jit(logits).lower(np.zeros((1, 4), np.int32)).compile().as_text()
+    for scope in ("embed/", "attention/norm/", "attention/", "mlp/norm/", "mlp/", "unembed/"):
+        assert f"/{scope}" in text, scope

@@ -27,6 +27,7 @@ from msn_jax.linear import activation_dtype
 from msn_jax.model import forward, unembed
 from msn_jax.model_config import ModelConfig
 from msn_jax.params import Params
+from msn_jax.shape_checks import check_shapes
 
 MAX_STOP_IDS = 16
 
@@ -106,6 +107,8 @@ def init_state(
     Raises InputError where the slots or the room for stop ids do not suffice.
     """
     B, memory = len(prompts), memory or {}
+    if not B or not all(len(prompt) for prompt in prompts):
+        raise InputError("prompts without a token; accepted: one row or more of one token or more")
     need = max(len(prompt) for prompt in prompts) + decode.max_new_tokens + trees.width
     if slots < need:
         raise InputError(f"{slots} cache slots; these prompts need {need}")
@@ -203,7 +206,7 @@ def tree_pass(
         added |= source.added(own, tree)
     tokens = jnp.where(valid, drafted, tokens)
 
-    positions = last[:, None] + tree.depth
+    positions = last[:, None] + tree.depth[None]
     hidden, new = forward(params, cfg, tokens, positions, tree.ancestors, state.cache, dtype=state.activations, **added)
     logits = unembed(params, cfg, hidden)
 
@@ -230,8 +233,8 @@ def commit(state: DecodeState, result: PassResult) -> DecodeState:
     kept, stopped = verify.cut(result.emitted, result.count, state.limit - last - 1, state.stop_ids)
     kept = jnp.where(state.done, 0, kept)
     cache = write_cache(state.cache, result.kv, waiting_for(result.emitted[:, 0], last))
-    after = last[:, None] + 1 + jnp.arange(result.emitted.shape[1])
-    inside = jnp.arange(result.emitted.shape[1]) < kept[:, None]
+    after = last[:, None] + 1 + jnp.arange(result.emitted.shape[1])[None]
+    inside = jnp.arange(result.emitted.shape[1])[None] < kept[:, None]
     old = jnp.take_along_axis(state.tokens, after, axis=1)
     count = jnp.where(state.done, state.accepted[rows, state.forwards], kept)
     last = last + kept
@@ -253,6 +256,11 @@ def step(
     drafter: an adapter for the noise nodes of the trees (layers as a tuple), with an embedding for each noise depth;
     or by the name of a source what it has of its own.
     """
+    keys = f"float[B, {cfg.kv_heads}, S, {cfg.head_dim}]"
+    check_shapes(
+        **{"state.tokens": (state.tokens, "int[B, S]"), "state.cache.k[0]": (state.cache.k[0], keys)},
+        **{"state.limit": (state.limit, "int[B]"), "state.request": (state.request, "int[B]")},
+    )
     sources, text, live = sources_of(trees), text_of(state), ~state.done
     weights = weights_of(sources, params, cfg, drafter)
     scratch, confidence = {}, jnp.zeros(state.done.shape, jnp.int32)
@@ -271,7 +279,7 @@ def step(
 def choose(trees: TreeSet, confidence: Array, live: Array) -> Array:
     """The tree of a cycle, see TreeSet. confidence int32[B]; live bool[B]: rows that are not finished. int32[]"""
     score = jnp.asarray(trees.score)[:, confidence]
-    return jnp.argmax(jnp.where(live, score, 0).sum(axis=1)).astype(jnp.int32)
+    return jnp.argmax(jnp.where(live[None], score, 0).sum(axis=1)).astype(jnp.int32)
 
 
 @partial(jax.jit, static_argnames=("cfg", "trees"), donate_argnames="state")

@@ -169,7 +169,7 @@ def fill(tree: TreeSpec, sources: tuple[Source, ...], weights: dict, carry: dict
     weights, carry, scratch: by the name of the source. A node that repeats an earlier sibling has no draft.
     """
     scratch, siblings = dict(scratch), earlier_siblings(tree)
-    tokens = jnp.where(np.arange(tree.size) == 0, root[:, None], -1)
+    tokens = jnp.where((np.arange(tree.size) == 0)[None], root[:, None], -1)
     for nodes in waves(tree, {source.name for source in sources if source.by_parent}):
         wants = [tree.wants[node] for node in nodes]
         most, taken = max(map(len, wants)), _padded([siblings[node] for node in nodes])
@@ -184,12 +184,12 @@ def fill(tree: TreeSpec, sources: tuple[Source, ...], weights: dict, carry: dict
                     found, scratch[source.name] = source.level(*known, where, tokens)
                     offered = _spread(found, at, offered)
             if most > 1:  # or they are compared below
-                repeats = (tokens[:, taken] == offered[:, :, None]) & (taken >= 0)
+                repeats = (tokens[:, taken] == offered[:, :, None]) & (taken >= 0)[None]
                 offered = jnp.where(repeats.any(axis=2), -1, offered)
             drafts = jnp.where(drafts >= 0, drafts, offered)
         tokens = _spread(drafts, nodes, tokens)
     taken = _padded(siblings)
-    repeats = (tokens[:, taken] == tokens[:, :, None]) & (taken >= 0)
+    repeats = (tokens[:, taken] == tokens[:, :, None]) & (taken >= 0)[None]
     return jnp.where(repeats.any(axis=2), -1, tokens)
 
 
@@ -203,4 +203,4 @@ def _spread(values: Array, columns, into: Array) -> Array:
     """`into` [B, M] with values [B, n] at these columns; no scatter, which XLA:CPU runs one by one."""
     source = np.zeros(into.shape[1], int)
     source[columns] = np.arange(values.shape[1])
-    return jnp.where(np.isin(np.arange(into.shape[1]), columns), values[:, source], into)
+    return jnp.where(np.isin(np.arange(into.shape[1]), columns)[None], values[:, source], into)

@@ -28,10 +28,11 @@ def keep_top(logits: Array, top_k: Array, top_p: Array) -> Array:
     def cut(logits):
         ordered = -jnp.sort(-logits, axis=-1)
         V = logits.shape[-1]
-        kept = jnp.arange(V) < jnp.where(top_k > 0, top_k, V)
+        rank = jnp.broadcast_to(jnp.arange(V), logits.shape)
+        kept = rank < jnp.where(top_k > 0, top_k, V)
         mass = jax.nn.softmax(jnp.where(kept, ordered, -jnp.inf), axis=-1)
         # The token that crosses top_p stays, and always the first; 1 keeps all, whatever the sum rounds to.
-        kept &= (jnp.arange(V) == 0) | (top_p >= 1) | (jnp.cumsum(mass, axis=-1) - mass < top_p)
+        kept &= (rank == 0) | (top_p >= 1) | (jnp.cumsum(mass, axis=-1) - mass < top_p)
         lowest = jnp.where(kept, ordered, jnp.inf).min(axis=-1, keepdims=True)
         return jnp.where(logits >= lowest, logits, -jnp.inf)
 
@@ -99,6 +100,7 @@ def targets(
 
     def sampled():
         parents = jnp.asarray(tree.parents)
+        has_parent = (parents >= 0)[None]
 
         def draw(carry):
             depth, reached, out = carry
@@ -106,7 +108,7 @@ def targets(
             row = jnp.take_along_axis(logits, jnp.argmax(reached, axis=1)[:, None, None], axis=1)[:, 0]
             drawn = jnp.argmax(sampling_scores(row, position + depth + 1, request, sampling), axis=-1)
             out = jnp.where(reached, drawn[:, None].astype(jnp.int32), out)
-            reached = valid & (tokens == drawn[:, None]) & reached[:, parents] & (parents >= 0)
+            reached = valid & (tokens == drawn[:, None]) & reached[:, parents] & has_parent
             return depth + 1, reached, out
 
         root = jnp.broadcast_to(jnp.arange(tree.size) == 0, tokens.shape)
@@ -125,8 +127,8 @@ def accept(tree: TreeSpec, tokens: Array, valid: Array, targets: Array) -> tuple
     """
     wrong = ~valid | (tokens != targets[:, jnp.asarray(tree.parents)])
     wrong = wrong.at[:, 0].set(False)
-    accepted = ~(wrong[:, None, :] & tree.ancestors).any(axis=2)
-    best = jnp.argmax(jnp.where(accepted, tree.depth, -1), axis=1)
+    accepted = ~(wrong[:, None, :] & tree.ancestors[None]).any(axis=2)
+    best = jnp.argmax(jnp.where(accepted, tree.depth[None], -1), axis=1)
     emitted = jnp.take_along_axis(targets, jnp.asarray(tree.path)[best], axis=1)
     return best, emitted, jnp.asarray(tree.depth, jnp.int32)[best] + 1
 
@@ -137,7 +139,7 @@ def cut(emitted: Array, count: Array, remaining: Array, stop_ids: Array) -> tupl
     Returns (kept int32[B], stopped bool[B]: the last one kept is a stop token). stop_ids: int32[n], -1 unused.
     """
     kept = jnp.minimum(count, remaining)
-    inside = jnp.arange(emitted.shape[1]) < kept[:, None]
-    stop = inside & (emitted[:, :, None] == stop_ids).any(axis=2)
+    inside = jnp.arange(emitted.shape[1])[None] < kept[:, None]
+    stop = inside & (emitted[:, :, None] == stop_ids[None, None]).any(axis=2)
     stopped = stop.any(axis=1)
     return jnp.where(stopped, jnp.argmax(stop, axis=1) + 1, kept).astype(jnp.int32), stopped

@@ -41,7 +41,7 @@ def hung_places(counts: Array, anchors: Array, J: int) -> tuple[Array, Array]:
     Nothing is to be predicted where the reply does not go on up to there without a break; counts as in `draw_anchors`.
     """
     B, A = anchors.shape
-    places = jnp.minimum(jnp.maximum(anchors, 0)[..., None] + 1 + jnp.arange(J), counts.shape[1] - 1)
+    places = jnp.minimum(jnp.maximum(anchors, 0)[..., None] + 1 + jnp.arange(J)[None, None], counts.shape[1] - 1)
     there = jnp.take_along_axis(counts, places.reshape(B, A * J), axis=1).reshape(B, A, J) & (anchors >= 0)[..., None]
     return places, jnp.cumprod(there, axis=2) > 0
 
@@ -73,7 +73,7 @@ def two_streams(
     x = embed(params, batch["tokens"])
     x = x.astype(dtype or x.dtype)
     noise = noise.astype(x.dtype).reshape(B, A * J, D)
-    positions = (of_anchor(batch["positions"])[..., None] + 1 + jnp.arange(J)).reshape(B, A * J)
+    positions = (of_anchor(batch["positions"])[..., None] + 1 + jnp.arange(J)[None, None]).reshape(B, A * J)
     angles, noise_angles = rope_angles(cfg, batch["positions"]), rope_angles(cfg, positions)
 
     segments = batch["segment_ids"]
@@ -97,12 +97,13 @@ def seen_by_noise(segments: Array, anchors: Array, J: int, window: int | None = 
 
     segments int32[B, T]; anchors int32[B, A], 0 and above; window: see cfg.sliding_window.
     """
-    places = jnp.arange(segments.shape[1])
+    places = jnp.arange(segments.shape[1])[None, None]
     of_anchor = jnp.take_along_axis(segments, anchors, axis=1)
     seen = (places <= anchors[..., None]) & (segments[:, None] == of_anchor[..., None])
-    seen = jnp.broadcast_to(seen[:, :, None], (*anchors.shape, J, len(places)))
+    seen = jnp.broadcast_to(seen[:, :, None], (*anchors.shape, J, segments.shape[1]))
     if window is not None:
-        seen &= (anchors[..., None] + 1 + jnp.arange(J))[..., None] - places < window
+        ahead = anchors[..., None] + 1 + jnp.arange(J)[None, None]
+        seen &= ahead[..., None] - places[None] < window
     return seen
 
 
@@ -124,7 +125,7 @@ def hung_attention(
     if window is not None:
         chain &= ~jnp.tril(jnp.ones((J, J), bool), -window)
     past = jnp.where(seen[:, None, :, :, None], dot("bkajgh,bkth->bkajgt", rows, text[0]), MASKED)
-    near = jnp.where(chain[:, None], dot("bkajgh,bkaih->bkajgi", rows, own_k), MASKED)
+    near = jnp.where(chain[None, None, None, :, None], dot("bkajgh,bkaih->bkajgi", rows, own_k), MASKED)
     top = jax.lax.stop_gradient(jnp.maximum(past.max(axis=-1, keepdims=True), near.max(axis=-1, keepdims=True)))
     past, near = jnp.exp(past - top), jnp.exp(near - top)
     total = past.sum(axis=-1, keepdims=True) + near.sum(axis=-1, keepdims=True)

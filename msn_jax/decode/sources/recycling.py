@@ -45,7 +45,7 @@ class Recycling(Source):
         following = carry[rows, jnp.maximum(above, 0)]  # [B, parents, RANKS]
         following = jnp.where(above[:, :, None] >= 0, following, -1)
         known = np.minimum(at.rank, RANKS - 1)
-        return jnp.where(at.rank < RANKS, following[:, each, known], -1), scratch
+        return jnp.where((at.rank < RANKS)[None], following[:, each, known], -1), scratch
 
     def observe(self, weights, carry, seen: Seen, ask: Ask) -> News:
         nodes = np.flatnonzero(~seen.tree.kind(*PROBES))
@@ -61,7 +61,7 @@ class Recycling(Source):
         if len(carry) == 1:
             tokens, top = tokens.reshape(1, -1), top.reshape(1, -1, RANKS)
         later = np.triu(np.ones((tokens.shape[1],) * 2, bool), 1)
-        again = ((tokens[:, :, None] == tokens[:, None, :]) & later).any(axis=2)
+        again = ((tokens[:, :, None] == tokens[:, None, :]) & later[None]).any(axis=2)
         where = jnp.where((tokens < 0) | again, carry.shape[1], tokens)  # beyond the table: dropped
         # The text's end is known when nothing reads drafts any more.
         where = waiting_for(text.last[:1, None], where)

@@ -27,15 +27,15 @@ def retrieve(tokens: Array, last: Array, count: int) -> tuple[Array, Array]:
     tokens int32[B, S], the text is tokens[b, : last[b] + 1]. Returns (continuation int32[B, count], -1 past the
     end of the text; match int32[B], the length of the suffix found, 0 with none).
     """
-    at, back = jnp.arange(tokens.shape[1]), jnp.arange(LONGEST_MATCH)[:, None]
-    end = jnp.take_along_axis(tokens, jnp.maximum(last[:, None] - back[:, 0], 0), axis=1)
+    at, back = jnp.arange(tokens.shape[1])[None], jnp.arange(LONGEST_MATCH)[:, None]
+    end = jnp.take_along_axis(tokens, jnp.maximum(last[:, None] - back.T, 0), axis=1)
     # same[b, i, s]: i tokens before s stands what stands i tokens before the end. at < last leaves out the end itself.
     same = tokens[:, jnp.maximum(at - back, 0)] == end[:, :, None]
-    same &= (at >= back) & (at < last[:, None, None])
-    match = jnp.where(same, LONGEST_MATCH, back).min(axis=1)  # as far back as the first difference
+    same &= (at >= back)[None] & (at[None] < last[:, None, None])
+    match = jnp.where(same, LONGEST_MATCH, back[None]).min(axis=1)  # as far back as the first difference
     best = jnp.argmax(match * tokens.shape[1] + at, axis=1)
     match = jnp.take_along_axis(match, best[:, None], axis=1)[:, 0]
-    source = best[:, None] + 1 + jnp.arange(count)
+    source = best[:, None] + 1 + jnp.arange(count)[None]
     found = (match[:, None] > 0) & (source <= last[:, None])
     continuation = jnp.take_along_axis(tokens, jnp.minimum(source, tokens.shape[1] - 1), axis=1)
     return jnp.where(found, continuation, -1), match
