@@ -1,0 +1,134 @@
+"""One command that measures an accelerator: is the output right, what does a pass cost, which trees pay, how fast is
+training.
+
+    python benchmarks/accelerator.py --out DIR [--ckpt C] [--adapter DIR] [--questions FILE] [--budget_s 540]
+
+Stages run one after the other, each in a process of its own with a share of the time, and keep every figure in
+DIR/STAGE.json as soon as it is measured. The same command again goes on where it was cut off. accelerator_report.py
+makes a page of the files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+# Share of the budget that each stage may take at most, in order of worth; what one leaves the next ones have.
+STAGES = {"check": 0.22, "passes": 0.25, "graphs": 0.1, "decode": 0.3, "train": 0.25, "learn": 1.0}
+MODULES = {"graphs": "passes", "decode": "decoding", "train": "training", "learn": "learning"}
+GRAPHS = "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL"
+LEAST_S = 10  # a stage with less is left for the next run
+GRACE_S = 20  # what a stage may take past its share to end what it has begun
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p.add_argument("--ckpt", default="smollm2-135m-instruct")
+    p.add_argument("--adapter", help="a draft-only adapter; by default the shipped one, with its model")
+    p.add_argument("--out", type=Path, default=Path("out/accelerator"), help="folder of the figures")
+    p.add_argument("--budget_s", type=float, default=540)
+    p.add_argument("--stages", default=",".join(STAGES), help="some of them, in this order")
+    p.add_argument("--questions", help="Spec-Bench questions (JSONL); else the twelve prompts of the check")
+    p.add_argument("--prompts", default="", help="rows to learn from (JSONL), see experiments/learn.py")
+    p.add_argument("--learn_args", default="", help="further arguments of experiments/learn.py")
+    p.add_argument("--trees", default="", help="further trees to decode with, by name")
+    p.add_argument("--small", action="store_true", help="a rehearsal: all stages on a CPU in minutes")
+    p.add_argument("--worker", help=argparse.SUPPRESS)
+    args = p.parse_args()
+    if unknown := set(args.stages.split(",")) - set(STAGES):
+        p.error(f"--stages {','.join(sorted(unknown))}: accepted: {', '.join(STAGES)}")
+    if args.adapter is None and args.ckpt == "smollm2-135m-instruct":
+        args.adapter = str(Path(__file__).parent.parent / "adapters" / "smollm2-135m-msn")
+    args.out.mkdir(parents=True, exist_ok=True)
+    return work(args) if args.worker else conduct(args, sys.argv[1:])
+
+
+def work(args) -> int:
+    """One stage, in this process."""
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from stages.stage import Stage
+
+    stage = Stage(args.worker, args.out, args.budget_s, args.small)
+    args.graphs = args.worker == "graphs"
+    importlib.import_module(f"stages.{MODULES.get(args.worker, args.worker)}").run(stage, args)
+    stage.finish()
+    return 0
+
+
+def conduct(args, arguments: list[str]) -> int:
+    """Every stage in turn, each a child; none stops the next by failing. On SIGTERM the child ends, and so does this."""
+    start, outcomes, child = time.monotonic(), {}, None
+
+    def stop(*_):
+        if child is not None:
+            child.kill()
+        raise SystemExit(143)
+
+    signal.signal(signal.SIGTERM, stop)
+    for name in args.stages.split(","):
+        left = args.budget_s - (time.monotonic() - start)
+        if (read(args.out / f"{name}.json") or {}).get("complete"):
+            outcomes[name] = "kept from before"
+            continue
+        if left < LEAST_S:
+            outcomes[name] = "no time left"
+            continue
+        share = min(left, max(STAGES[name] * args.budget_s, LEAST_S))
+        print(f"== {name}: up to {share:.0f} s of {left:.0f} s", flush=True)
+        command = [sys.executable, __file__, *arguments, "--worker", name, "--budget_s", f"{share:.0f}"]
+        child = subprocess.Popen(command, env=environment(args.out, name))
+        try:
+            code = child.wait(timeout=min(left, share + GRACE_S))
+            outcomes[name] = "done" if code == 0 else f"failed with {code}"
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
+            outcomes[name] = "cut off"
+    from accelerator_report import summary
+
+    record = summary(args.out) | {"stages": outcomes, "seconds": round(time.monotonic() - start, 1)}
+    print(json.dumps(record))
+    return 0
+
+
+def environment(out: Path, stage: str) -> dict[str, str]:
+    """The environment of a stage: a compile cache that the stages share, and CUDA graphs where they were found right."""
+    env = dict(os.environ)
+    env.setdefault("JAX_COMPILATION_CACHE_DIR", str(out.resolve() / "compiled"))
+    env.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
+    env.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    env.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if stage == "graphs" or (stage in ("decode", "learn") and graphs_pay(out)):
+        env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {GRAPHS}".strip()
+    return env
+
+
+def graphs_pay(out: Path) -> bool:
+    """Whether passes under CUDA graphs gave the same answers, twice, and one token took less time."""
+    plain, graphs = (read(out / f"{name}.json") or {"rows": []} for name in ("passes", "graphs"))
+    row = lambda file, key, value: next((r for r in file["rows"] if r["what"].get(key) == value), None)
+    answers = [row(file, "what", "answers") for file in (plain, graphs)]
+    ones = [row(file, "nodes", 1) for file in (plain, graphs)]
+    if None in answers or None in ones or any("error" in one for one in ones):
+        return False
+    same = answers[0]["tokens"] == answers[1]["tokens"] and answers[1]["second_run_same"]
+    return same and ones[1]["ms"] < ones[0]["ms"]
+
+
+def read(path: Path) -> dict | None:
+    """A stage's file; None where there is none. As in stages/stage.py, which imports jax: this process does not."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""Whether the output is right here: float32 against answers of `ar` that are kept from a CPU, bfloat16 against `ar`.
+
+    python benchmarks/stages/check.py      # on a CPU: writes golden_ar.json anew
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from msn_jax import load
+from msn_jax.decode.generate import encode
+from msn_jax.decode.verify import NEAR_TIE
+from msn_jax.linear import linear
+from stages.loops import Loop, first_difference, first_gaps
+from stages.stage import Stage, compile_all
+
+GOLDEN = Path(__file__).parent / "golden_ar.json"
+NEW_TOKENS, SLOTS, CHUNK = 64, 256, 64
+# METHOD[:TREE], with the adapter (+) or without.
+ARMS = ("ar", "tr-jacobi", "lookup", "+tr-jacobi:draft21", "+tr-jacobi:draft", "+jacobi:draft16", "jacobi")
+
+
+def golden_prompts() -> list:
+    """Twelve conversations, written for this file."""
+    return [[{"role": "user", "content": text}] for text in json.loads(GOLDEN.read_text())["prompts"]]
+
+
+def fingerprint(lm) -> list[float]:
+    """Numbers that tell one set of float32 weights from another."""
+    rows = np.asarray(lm.params.embed[:4].astype(jnp.float32))
+    return [round(float(x), 3) for x in np.abs(rows).sum(axis=1)]
+
+
+def golden_answers(lm, prompts: list[list[int]]) -> list[list[int]] | None:
+    """The kept answers, where they are of these weights and these prompts."""
+    golden = json.loads(GOLDEN.read_text())
+    same = golden["prompt_tokens"] == prompts and golden["weights"] == fingerprint(lm)
+    return golden["tokens"] if same else None
+
+
+def float32_error() -> float:
+    """Largest error of a float32 product of the model against NumPy in float64, to the largest value."""
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((16, 1024)), rng.standard_normal((1024, 1024))
+    got = jax.jit(linear)(jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32))
+    exact = x.astype(np.float32).astype(np.float64) @ w.astype(np.float32).astype(np.float64).T
+    return float(np.abs(np.asarray(got, np.float64) - exact).max() / np.abs(exact).max())
+
+
+def compared(lm, prompts, expected, got) -> dict:
+    """How answers stand to those expected; of each that parts, where, and how close the two best scores were there."""
+    places = [first_difference(e, g) for e, g in zip(expected, got, strict=True)]
+    parted = [i for i, at in enumerate(places) if at is not None]
+    gaps = first_gaps(lm, [prompts[i] + expected[i][: places[i]] for i in parted])
+    return {
+        "outputs": len(expected),
+        "identical": len(expected) - len(parted),
+        "near_ties": sum(gap < NEAR_TIE for gap in gaps),
+        "different": sum(gap >= NEAR_TIE for gap in gaps),
+        "first_differences": [
+            {"prompt": i, "token": places[i], "gap": round(gap, 5)} for i, gap in zip(parted, gaps, strict=True)
+        ],
+    }
+
+
+def run(stage: Stage, args) -> None:
+    if stage.row(what="float32 product") is None:
+        stage.keep({"what": "float32 product"}, largest_error=float32_error())
+    new_tokens = 16 if stage.small else NEW_TOKENS
+    arms = ARMS[:4] if stage.small else ARMS
+    for dtype in ("float32", "bfloat16"):
+        keys = [{"dtype": dtype, "method": arm} for arm in arms if args.adapter or not arm.startswith("+")]
+        todo = stage.todo(keys)
+        if not todo:
+            continue
+        if stage.left_s < 0:
+            stage.leave_out([{"dtype": dtype}], "no time left")
+            continue
+        with_adapter = load(args.ckpt, adapter=args.adapter, dtype=dtype)
+        plain = dataclasses.replace(with_adapter, drafter=None)
+        prompts = [encode(plain, prompt) for prompt in golden_prompts()[: 4 if stage.small else None]]
+        names = {"ar"} | {what["method"] for what in todo}
+        loops = {
+            name: Loop(
+                with_adapter if name[0] == "+" else plain, name.lstrip("+"), len(prompts), SLOTS, CHUNK, new_tokens
+            )
+            for name in names
+        }
+        for name, program in compile_all({name: loop.lower for name, loop in loops.items()}).items():
+            loops[name].program = program
+        answers = {}
+        for name, loop in loops.items():
+            if isinstance(loop.program, Exception):
+                stage.keep({"dtype": dtype, "method": name}, error=str(loop.program).split("\n")[0][:300])
+            else:
+                answers[name] = [row["tokens"] for row in loop.answers(prompts)[0]]
+        golden = None
+        if dtype == "float32" and (golden := golden_answers(plain, encode_all(plain))) is not None:
+            golden = [tokens[:new_tokens] for tokens in golden[: len(prompts)]]
+        for what in todo:
+            if what["method"] in answers:
+                against = "ar on a CPU, float32" if golden else "ar here"
+                figures = compared(plain, prompts, golden or answers["ar"], answers[what["method"]])
+                stage.keep(what, against=against, **figures)
+
+
+def encode_all(lm) -> list[list[int]]:
+    return [encode(lm, prompt) for prompt in golden_prompts()]
+
+
+def main() -> None:
+    lm = load("smollm2-135m-instruct")
+    prompts = encode_all(lm)
+    loop = Loop(lm, "ar", len(prompts), SLOTS, CHUNK, NEW_TOKENS)
+    loop.program = loop.lower().compile()
+    rows, _, _ = loop.answers(prompts)
+    golden = json.loads(GOLDEN.read_text())
+    golden |= {"weights": fingerprint(lm), "prompt_tokens": prompts, "tokens": [row["tokens"] for row in rows]}
+    lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in golden.items())
+    GOLDEN.write_text("{\n" + lines + "\n}\n")
+
+
+if __name__ == "__main__":
+    main()
