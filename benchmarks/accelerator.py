@@ -20,6 +20,8 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, with `benchmarks` beside it
+
 # Share of the budget that each stage may take at most, in order of worth; what one leaves the next ones have.
 STAGES = {"check": 0.22, "passes": 0.25, "graphs": 0.1, "decode": 0.3, "train": 0.25, "learn": 1.0}
 MODULES = {"graphs": "passes", "decode": "decoding", "train": "training", "learn": "learning"}
@@ -52,18 +54,17 @@ def main() -> int:
 
 def work(args) -> int:
     """One stage, in this process."""
-    sys.path.insert(0, str(Path(__file__).parent.parent))
-    from stages.stage import Stage
+    from benchmarks.stages.stage import Stage
 
     stage = Stage(args.worker, args.out, args.budget_s, args.small)
     args.graphs = args.worker == "graphs"
-    importlib.import_module(f"stages.{MODULES.get(args.worker, args.worker)}").run(stage, args)
+    importlib.import_module(f"benchmarks.stages.{MODULES.get(args.worker, args.worker)}").run(stage, args)
     stage.finish()
     return 0
 
 
 def conduct(args, arguments: list[str]) -> int:
-    """Every stage in turn, each a child; none stops the next by failing. On SIGTERM the child ends, and so does this."""
+    """Every stage in turn, each a child; none stops the next by failing. On SIGTERM the child ends with this."""
     start, outcomes, child = time.monotonic(), {}, None
 
     def stop(*_):
@@ -91,7 +92,7 @@ def conduct(args, arguments: list[str]) -> int:
             child.kill()
             child.wait()
             outcomes[name] = "cut off"
-    from accelerator_report import summary
+    from benchmarks.accelerator_report import summary
 
     record = summary(args.out) | {"stages": outcomes, "seconds": round(time.monotonic() - start, 1)}
     print(json.dumps(record))
@@ -99,7 +100,7 @@ def conduct(args, arguments: list[str]) -> int:
 
 
 def environment(out: Path, stage: str) -> dict[str, str]:
-    """The environment of a stage: a compile cache that the stages share, and CUDA graphs where they were found right."""
+    """The environment of a stage: a compile cache that the stages share; CUDA graphs where they were found right."""
     env = dict(os.environ)
     env.setdefault("JAX_COMPILATION_CACHE_DIR", str(out.resolve() / "compiled"))
     env.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")

@@ -1,6 +1,6 @@
 """docs/accelerators.md from what accelerator.py left in one or more folders; nothing is typed in.
 
-    python benchmarks/accelerator_report.py DIR... [--write docs/accelerators.md]
+python benchmarks/accelerator_report.py DIR... [--write docs/accelerators.md]
 """
 
 from __future__ import annotations

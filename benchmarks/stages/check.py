@@ -1,28 +1,24 @@
 """Whether the output is right here: float32 against answers of `ar` that are kept from a CPU, bfloat16 against `ar`.
 
-    python benchmarks/stages/check.py      # on a CPU: writes golden_ar.json anew
+python -m benchmarks.stages.check      # on a CPU: writes golden_ar.json anew
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.stages.loops import Loop, first_difference, first_gaps
+from benchmarks.stages.stage import Stage, compile_all
 from msn_jax import load
 from msn_jax.decode.generate import encode
 from msn_jax.decode.verify import NEAR_TIE
 from msn_jax.linear import linear
-from stages.loops import Loop, first_difference, first_gaps
-from stages.stage import Stage, compile_all
 
 GOLDEN = Path(__file__).parent / "golden_ar.json"
 NEW_TOKENS, SLOTS, CHUNK = 64, 256, 64

@@ -8,15 +8,16 @@ import time
 from pathlib import Path
 
 import jax
-from spec_bench import read_questions, repeated_4grams, spread
 
+from benchmarks.spec_bench import repeated_4grams
+from benchmarks.stages.check import golden_prompts
+from benchmarks.stages.loops import Loop, first_difference, first_gaps
+from benchmarks.stages.stage import Stage, compile_all
 from msn_jax import load
 from msn_jax.decode import TREE_SETS
 from msn_jax.decode.generate import encode
 from msn_jax.decode.verify import NEAR_TIE
-from stages.check import golden_prompts
-from stages.loops import Loop, first_difference, first_gaps
-from stages.stage import Stage, compile_all
+from msn_jax.questions import read_questions, spread
 
 DTYPE = "bfloat16"
 # METHOD[:TREE], with the adapter (+) or without, in order of worth.
@@ -142,5 +143,3 @@ def trace(stage: Stage, loops: dict[str, Loop], lm) -> None:
     with jax.profiler.trace(str(stage.folder / "trace")):
         loop.call(loop.state([[1] * WARM_TOKENS], max_new_tokens=WARM_TOKENS), WARM_TOKENS)
     stage.keep({"what": "compiled loop", "method": next(reversed(loops))}, counts=json.dumps(facts))
-
-

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from stages.stage import Stage, read
+from benchmarks.stages.stage import Stage, read
 
 LEARN = Path(__file__).parents[2] / "experiments" / "learn.py"
 

@@ -13,15 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.stages.check import golden_prompts
+from benchmarks.stages.loops import Loop
+from benchmarks.stages.stage import Stage, compile_all
 from msn_jax import DecodeConfig, load
 from msn_jax.decode import TreeSet, init_state, loop
 from msn_jax.decode.generate import encode
 from msn_jax.decode.tree import JACOBI, chain
 from msn_jax.params import declare
 from msn_jax.shapes import SHAPES
-from stages.check import golden_prompts
-from stages.loops import Loop
-from stages.stage import Stage, compile_all
 
 NODES = (1, 2, 4, 8, 16, 32, 64, 96, 128)
 CYCLES, ROUNDS = 8, 5

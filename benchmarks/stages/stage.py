@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
-from record import run_record
+
+from msn_jax.records import run_record
 
 
 class Stage:

@@ -7,14 +7,14 @@ from functools import partial
 
 import jax
 import numpy as np
-from train_bench import make_batch, matmul_rate
 
+from benchmarks.stages.stage import Stage, compile_all
+from benchmarks.train_bench import make_batch, matmul_rate
 from msn_jax import train_step
 from msn_jax.config import DataConfig, DataSource, ModelStart, NoiseConfig, RunConfig, TrainConfig
 from msn_jax.io.loading import open_checkpoint
 from msn_jax.shapes import SHAPES
 from msn_jax.sharding import make_mesh
-from stages.stage import Stage, compile_all
 
 # (weights, tokens a row, remat, rows), in order of worth. Some will not fit, which is a finding as well.
 STEPS = (
