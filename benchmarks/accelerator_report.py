@@ -98,6 +98,9 @@ def check_lines(stage: dict, _) -> list[str]:
     for row in stage["rows"]:
         if row["what"].get("what") == "float32 product":
             lines += ["", f"A float32 product is off by at most {row['largest_error']:.1e} of its largest value."]
+        if row["what"].get("what") == "cudnn attention":
+            got = f"off by at most {row['largest_error']:.1e}" if "largest_error" in row else f"fails: {row['error']}"
+            lines += ["", f"Gradients of cuDNN's attention, bfloat16, packed rows, against XLA's form: {got}."]
     rows = []
     for row in stage["rows"]:
         if "method" in row["what"]:
@@ -175,14 +178,14 @@ def train_lines(stage: dict, _) -> list[str]:
         if what.get("what") == "matrix product":
             lines += [f"A large bfloat16 product reaches {row['flops_per_s'] / 1e12:.0f} TFLOP/s in the same run."]
             continue
-        named = [what["weights"], f"{what['rows']} x {what['tokens']}", what["remat"]]
+        named = [what["weights"], what["attention"], f"{what['rows']} x {what['tokens']}", what["remat"]]
         if "error" in row:
             rows.append([*named, "does not fit", "", "", ""])
             continue
         mfu = f"{row['mfu']:.1%}" if row["mfu"] else ""
         memory = f"{row['program_bytes'] / 2**30:.1f}" if row["program_bytes"] else ""
         rows.append([*named, f"{row['tokens_per_s']:.0f}", f"{row['step_s']:.3f}", mfu, memory])
-    head = ["weights", "rows x tokens", "remat", "tokens/s", "s a step", "MFU", "GiB of the program"]
+    head = ["weights", "attention", "rows x tokens", "remat", "tokens/s", "s a step", "MFU", "GiB of the program"]
     return lines + table(head, rows)
 
 

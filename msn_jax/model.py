@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from msn_jax import flash
 from msn_jax.cache import KVCache
 from msn_jax.linear import HIGHEST, adapted, linear
 from msn_jax.model_config import ModelConfig
@@ -132,6 +133,8 @@ def causal_attention(q: Array, k: Array, v: Array, segments: Array | None, windo
     with what comes later are never computed (0.55 of the time at T = 512 on CPU), nor those with blocks that lie
     before every query's window.
     """
+    if flash.serves(q):
+        return flash.attention(q, k, v, segments, window)
     T = q.shape[1]
     at = jnp.arange(T)
     size = min(max(T // 4, QUERY_BLOCK[0]), QUERY_BLOCK[1])

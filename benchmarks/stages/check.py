@@ -15,10 +15,11 @@ import numpy as np
 
 from benchmarks.stages.loops import Loop, first_difference, first_gaps
 from benchmarks.stages.stage import Stage, compile_all
-from msn_jax import load
+from msn_jax import flash, load
 from msn_jax.decode.generate import encode
 from msn_jax.decode.verify import NEAR_TIE
 from msn_jax.linear import linear
+from msn_jax.model import causal_attention
 
 GOLDEN = Path(__file__).parent / "golden_ar.json"
 NEW_TOKENS, SLOTS, CHUNK = 64, 256, 64
@@ -53,6 +54,25 @@ def float32_error() -> float:
     return float(np.abs(np.asarray(got, np.float64) - exact).max() / np.abs(exact).max())
 
 
+def flash_errors() -> dict:
+    """Largest differences of cuDNN's attention to XLA's form in bfloat16, packed rows, to the largest value."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (2, 512, 3, 3, 64), (2, 3, 512, 64), (2, 3, 512, 64)
+    q, k, v = (jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
+    segments = jnp.repeat(jnp.array([[1, 2, 3, 0], [1, 1, 2, 2]]), 128, axis=1)
+
+    def sums(attend):
+        loss = lambda q, k, v: (attend(q, k, v, segments).astype(jnp.float32) ** 2).sum()
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+
+    try:
+        pairs = zip(sums(causal_attention), sums(flash.attention), strict=True)
+        pairs = [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in pairs]
+        return {"largest_error": max(float(np.abs(a - b).max() / np.abs(a).max()) for a, b in pairs)}
+    except (jax.errors.JaxRuntimeError, RuntimeError, ValueError, NotImplementedError) as e:
+        return {"error": str(e).split("\n")[0][:300]}
+
+
 def compared(lm, prompts, expected, got) -> dict:
     """How answers stand to those expected; of each that parts, where, and how close the two best scores were there."""
     places = [first_difference(e, g) for e, g in zip(expected, got, strict=True)]
@@ -73,9 +93,12 @@ def run(stage: Stage, args) -> None:
     if stage.row(what="float32 product") is None:
         stage.keep({"what": "float32 product"}, largest_error=float32_error())
     new_tokens = 16 if stage.small else NEW_TOKENS
+    if jax.default_backend() == "gpu" and stage.row(what="cudnn attention") is None:
+        stage.keep({"what": "cudnn attention"}, **flash_errors())
     arms = ARMS[:4] if stage.small else ARMS
     for dtype in ("float32", "bfloat16"):
-        keys = [{"dtype": dtype, "method": arm} for arm in arms if args.adapter or not arm.startswith("+")]
+        some = arms if dtype == "float32" else arms[:4]  # the stage `decode` has more in bfloat16
+        keys = [{"dtype": dtype, "method": arm} for arm in some if args.adapter or not arm.startswith("+")]
         todo = stage.todo(keys)
         if not todo:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from functools import partial
 
@@ -16,20 +17,22 @@ from msn_jax.io.loading import open_checkpoint
 from msn_jax.shapes import SHAPES
 from msn_jax.sharding import make_mesh
 
-# (weights, tokens a row, remat, rows), in order of worth. Some will not fit, which is a finding as well.
+# (weights, attention, tokens a row, remat, rows), in order of worth. Some will not fit, which is a finding as well.
 STEPS = (
-    ("ckpt", 1024, "none", 32),
-    ("llama-3.2-1b", 1024, "dots", 16),
-    ("llama-3.2-1b", 1024, "none", 16),
-    ("ckpt", 1024, "dots", 64),
-    ("llama-3.2-1b", 1024, "full", 32),
-    ("llama-3.2-1b", 1024, "dots", 32),
-    ("ckpt", 1024, "none", 64),
-    ("ckpt", 1024, "full", 128),
-    ("llama-3.2-1b", 1024, "full", 64),
+    ("ckpt", "xla", 1024, "none", 32),
+    ("ckpt", "cudnn", 1024, "none", 32),
+    ("llama-3.2-1b", "cudnn", 1024, "dots", 16),
+    ("llama-3.2-1b", "xla", 1024, "dots", 16),
+    ("llama-3.2-1b", "cudnn", 1024, "none", 16),
+    ("ckpt", "cudnn", 1024, "dots", 64),
+    ("llama-3.2-1b", "cudnn", 1024, "full", 32),
+    ("llama-3.2-1b", "cudnn", 1024, "dots", 32),
+    ("ckpt", "cudnn", 1024, "full", 128),
+    ("ckpt", "cudnn", 1024, "none", 64),
+    ("llama-3.2-1b", "cudnn", 1024, "full", 64),
 )
-SMALL = (("ckpt", 64, "none", 1), ("ckpt", 64, "full", 2))
-AT_ONE_TIME = 3  # programs that compile side by side
+SMALL = (("ckpt", "xla", 64, "none", 1), ("ckpt", "xla", 64, "full", 2))
+AT_ONE_TIME = 4  # programs that compile side by side
 
 
 def run_of(ckpt: str, tokens: int, remat: str, rows: int) -> RunConfig:
@@ -50,8 +53,9 @@ def run(stage: Stage, args) -> None:
         size = 1024 if jax.default_backend() == "cpu" else 8192
         stage.keep(rate_what, flops_per_s=matmul_rate("bfloat16", size))
     keys = [
-        {"weights": name, "tokens": tokens, "remat": remat, "rows": rows}
-        for name, tokens, remat, rows in (SMALL if stage.small else STEPS)
+        {"weights": name, "attention": attention, "tokens": tokens, "remat": remat, "rows": rows}
+        for name, attention, tokens, remat, rows in (SMALL if stage.small else STEPS)
+        if attention == "xla" or jax.default_backend() == "gpu"
     ]
     todo = stage.todo(keys)
     with jax.set_mesh(mesh):
@@ -67,6 +71,7 @@ def measure(stage: Stage, part: list[dict], ckpt: str, mesh) -> None:
 
     def lower(what: dict):
         cfg, run = cfgs[what["weights"]], run_of(ckpt, what["tokens"], what["remat"], what["rows"])
+        os.environ["MSN_JAX_FLASH"] = "on" if what["attention"] == "cudnn" else "off"  # read when it is traced
         shapes = train_step.state_shapes(cfg, run, mesh)
         batch = train_step.batch_shapes(what["rows"], what["tokens"], mesh)
         return train_step.jit_train_step(cfg, run, mesh).lower(shapes, None, batch)
