@@ -126,6 +126,8 @@ def main() -> None:
         say(f"{len(data['tuning'])} examples to tune on")
     if draft:
         prompts = prompts_of(lm, conversations(args.prompts), args.tokens - args.max_new_tokens)
+        if len(prompts) < 2 * args.answer_batch:
+            raise InputError(f"--prompts: {len(prompts)} usable ones; accepted: twice --answer_batch or more")
         config = DecodeConfig(method="ar", max_new_tokens=args.max_new_tokens, batch_size=args.answer_batch)
         heats = [float(t) for t in args.temperatures.split(",")]
         # Held-out prompts are answered once, greedily, and by none of the other rounds.

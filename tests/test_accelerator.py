@@ -97,17 +97,20 @@ def test_train_keeps_steps(tmp_path, args):
 
 
 def test_learn_keeps_what_its_script_wrote(tmp_path, args, monkeypatch):
-    script = tmp_path / "learn.py"
+    script = tmp_path / "experiments" / "learn.py"
+    script.parent.mkdir()
     script.write_text(
         "import json, pathlib, sys\n"
-        "out = pathlib.Path(sys.argv[sys.argv.index('--out') + 1]); out.mkdir()\n"
-        "(out / 'arm.json').write_text(json.dumps({'mat': 2.5}))\n"
-        "sys.exit('--small' not in sys.argv)\n"
+        "given = lambda name: pathlib.Path(sys.argv[sys.argv.index(name) + 1])\n"
+        "assert len(given('--questions').read_text().splitlines()) == 12 and '--small' in sys.argv\n"
+        "given('--out').mkdir(); (given('--out') / 'learn.jsonl').write_text(json.dumps({'mat': 2.5}) + '\\n')\n"
+        "sys.exit(3)\n"
     )
-    monkeypatch.setattr(learning, "LEARN", script)
+    monkeypatch.setattr(learning, "ROOT", tmp_path)
     stage = Stage("learn", tmp_path, 60, small=True)
     learning.run(stage, args)
-    assert [(row["what"], row["figures"]) for row in kept(stage)] == [({"file": "arm.json"}, {"mat": 2.5})]
+    assert [row["figures"] for row in kept(stage)] == [{"mat": 2.5}]
+    assert read(stage.path)["left_out"][0]["reason"].endswith("ended with 3")
 
 
 def test_rows_are_measured_once(tmp_path):
