@@ -37,7 +37,7 @@ def main() -> int:
     p.add_argument("--adapter", help="a draft-only adapter; by default the shipped one, with its model")
     p.add_argument("--out", type=Path, default=Path("out/accelerator"), help="folder of the figures")
     p.add_argument("--budget_s", type=float, default=540)
-    p.add_argument("--stages", default=",".join(STAGES), help="some of them, in this order")
+    p.add_argument("--stages", default=",".join(STAGES), help="some of them, in this order; NAME:SECONDS sets a share")
     p.add_argument("--questions", help="Spec-Bench questions (JSONL); else the twelve prompts of the check")
     p.add_argument("--prompts", default="", help="rows to learn from (JSONL), see experiments/learn.py")
     p.add_argument("--learn_args", default="", help="further arguments of experiments/learn.py")
@@ -45,8 +45,10 @@ def main() -> int:
     p.add_argument("--small", action="store_true", help="a rehearsal: all stages on a CPU in minutes")
     p.add_argument("--worker", help=argparse.SUPPRESS)
     args = p.parse_args()
-    if unknown := set(args.stages.split(",")) - set(STAGES):
-        p.error(f"--stages {','.join(sorted(unknown))}: accepted: {', '.join(STAGES)}")
+    args.stages = [part.partition(":")[::2] for part in args.stages.split(",")]
+    for name, seconds in args.stages:
+        if name not in STAGES or not (seconds or "0").isdecimal():
+            p.error(f"--stages {name}: accepted: {', '.join(STAGES)}, each alone or with :SECONDS")
     if args.adapter is None and args.ckpt == "smollm2-135m-instruct":
         args.adapter = str(Path(__file__).parent.parent / "adapters" / "smollm2-135m-msn")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -74,7 +76,7 @@ def conduct(args, arguments: list[str]) -> int:
         raise SystemExit(143)
 
     signal.signal(signal.SIGTERM, stop)
-    for name in args.stages.split(","):
+    for name, seconds in args.stages:
         left = args.budget_s - (time.monotonic() - start)
         if (read(args.out / f"{name}.json") or {}).get("complete"):
             outcomes[name] = "kept from before"
@@ -82,7 +84,7 @@ def conduct(args, arguments: list[str]) -> int:
         if left < LEAST_S:
             outcomes[name] = "no time left"
             continue
-        share = min(left, max(STAGES[name] * args.budget_s, LEAST_S))
+        share = min(left, float(seconds) if seconds else max(STAGES[name] * args.budget_s, LEAST_S))
         print(f"== {name}: up to {share:.0f} s of {left:.0f} s", flush=True)
         command = [sys.executable, __file__, *arguments, "--worker", name, "--budget_s", f"{share:.0f}"]
         child = subprocess.Popen(command, env=environment(args.out, name))

@@ -13,6 +13,7 @@ from benchmarks.spec_bench import repeated_4grams
 from benchmarks.stages.check import golden_prompts
 from benchmarks.stages.loops import Loop, first_difference, first_gaps
 from benchmarks.stages.stage import Stage, compile_all
+from benchmarks.stages.wide import WIDE
 from msn_jax import load
 from msn_jax.decode import TREE_SETS
 from msn_jax.decode.generate import encode
@@ -20,19 +21,21 @@ from msn_jax.decode.verify import NEAR_TIE
 from msn_jax.questions import read_questions, spread
 
 DTYPE = "bfloat16"
-# METHOD[:TREE], with the adapter (+) or without, in order of worth.
+# METHOD[:TREE], with the adapter (+) or without, in order of worth. Trees that are not in TREE_SETS are those of
+# wide.py.
 ARMS = (
     "ar",
     "tr-jacobi:msn69",
     "+tr-jacobi:draft21",
-    "+tr-jacobi:draft",
+    "tr-jacobi:mix64",
+    "+tr-jacobi:wide64",
+    "+tr-jacobi:wide112",
     "lookup:chain16",
-    "tr-jacobi:chain16",
     "+jacobi:draft16",
+    "recycling:recycle80",
+    "+tr-jacobi:draft13mix",
+    "+tr-jacobi:draft",
     "jacobi:msn69",
-    "lookup:chain8",
-    "tr-jacobi:adaptive",
-    "+tr-jacobi:draft16",
 )
 WARM_TOKENS = 8
 
@@ -100,12 +103,12 @@ def run(stage: Stage, args) -> None:
         return
     with_adapter = load(args.ckpt, adapter=args.adapter, dtype=DTYPE)
     plain = dataclasses.replace(with_adapter, drafter=None)
-    arms = [arm for arm in (ARMS[:3] if stage.small else ARMS) if args.adapter or arm[0] != "+"]
+    arms = [arm for arm in ((*ARMS[:3], ARMS[4]) if stage.small else ARMS) if args.adapter or arm[0] != "+"]
     arms += [f"tr-jacobi:{name}" for name in args.trees.split(",") if name]
     loops = {}
     for arm in arms:
         lm = with_adapter if arm[0] == "+" else plain
-        if arm.partition(":")[2] in ("", *TREE_SETS):
+        if arm.partition(":")[2] in ("", *TREE_SETS, *WIDE):
             loops[arm] = Loop(lm, arm.lstrip("+"), 1, slots, chunk, new_tokens)
     start = time.monotonic()
     errors = {}
