@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Prepares pack/ (ignored by git): what a bare GPU machine needs to run benchmarks/accelerator.py without a network.
-#   bash benchmarks/pack.sh [QUESTIONS.jsonl [PROMPTS.jsonl ...]]
+#   bash benchmarks/pack.sh [QUESTIONS.jsonl [ROWS.jsonl.gz ...]]     ROWS: what experiments/learn.py is to learn from
 # The machine has Python 3.12, jax 0.11 with CUDA, flax, optax, orbax, transformers, safetensors, tokenizers, chex; not
 # grain, jsonargparse, gguf, datasets and tensorboardX. The weights travel in parts: a transfer may be bounded.
 set -euo pipefail
@@ -20,10 +20,7 @@ P
 split -b "$PART_BYTES" -d -a 1 "$weights" pack/w.
 for part in pack/w.*; do n=${part##*.}; mkdir -p "pack/part$n" && mv "$part" "pack/part$n/"; done
 [ $# -ge 1 ] && cp "$1" pack/questions.jsonl && shift
-if [ $# -ge 1 ]; then
-  for file in "$@"; do case $file in *.gz) gzip -dc "$file" ;; *) cat "$file" ;; esac; done > pack/prompts.jsonl
-  gzip -f pack/prompts.jsonl
-fi
+mkdir -p pack/data && for file in "$@"; do cp "$file" pack/data/; done
 cat > pack/run.sh <<'R'
 #!/usr/bin/env bash
 # On the machine, from the repository: bash pack/run.sh OUT [arguments of accelerator.py]
@@ -37,7 +34,8 @@ cat "$w"/w.* > /tmp/smollm2.gguf
 export PYTHONPATH="$site:$PWD" PYTHONUNBUFFERED=1
 set -- --ckpt /tmp/smollm2.gguf --adapter adapters/smollm2-135m-msn --out "$out/figures" "$@"
 [ -f pack/questions.jsonl ] && set -- "$@" --questions pack/questions.jsonl
-[ -f pack/prompts.jsonl.gz ] && set -- "$@" --prompts pack/prompts.jsonl.gz
+data=$(find pack/data -type f 2>/dev/null | sort | tr '\n' ' ')
+[ -n "$data" ] && set -- "$@" --prompts "$data"
 code=0
 python3 benchmarks/accelerator.py "$@" 2>&1 | tee "$out/log.txt" || code=$?
 rm -rf "$out/figures/compiled"
