@@ -72,7 +72,7 @@ def conduct(args, arguments: list[str]) -> int:
 
     def stop(*_):
         if child is not None:
-            child.kill()
+            kill(child)
         raise SystemExit(143)
 
     signal.signal(signal.SIGTERM, stop)
@@ -87,19 +87,27 @@ def conduct(args, arguments: list[str]) -> int:
         share = min(left, float(seconds) if seconds else max(STAGES[name] * args.budget_s, LEAST_S))
         print(f"== {name}: up to {share:.0f} s of {left:.0f} s", flush=True)
         command = [sys.executable, __file__, *arguments, "--worker", name, "--budget_s", f"{share:.0f}"]
-        child = subprocess.Popen(command, env=environment(args.out, name))
+        child = subprocess.Popen(command, env=environment(args.out, name), start_new_session=True)
         try:
             code = child.wait(timeout=min(left, share + GRACE_S))
             outcomes[name] = "done" if code == 0 else f"failed with {code}"
         except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+            kill(child)
             outcomes[name] = "cut off"
     from benchmarks.accelerator_report import summary
 
     record = summary(args.out) | {"stages": outcomes, "seconds": round(time.monotonic() - start, 1)}
     print(json.dumps(record))
     return 0
+
+
+def kill(child: subprocess.Popen) -> None:
+    """End a stage, and what it has started."""
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except ProcessLookupError:  # it has ended by itself
+        pass
+    child.wait()
 
 
 def environment(out: Path, stage: str) -> dict[str, str]:

@@ -57,7 +57,7 @@ def main() -> None:
     p.add_argument("--limit", type=int, help="use this many questions")
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--arms", default="")
-    p.add_argument("--seeds", default="0", help="of the arms with steps; draft arms have the first")
+    p.add_argument("--seeds", default="0", help="draft arms have the first alone")
     p.add_argument("--seconds", type=float, default=300, help="of everything; draft arms share what is left")
     p.add_argument("--answer_seconds", type=float, default=40, help="of these for the model's own replies")
     p.add_argument("--temperatures", default="0,0.8,0.8,1", help="of those replies, one round over all prompts each")
@@ -177,7 +177,7 @@ def main() -> None:
             say(f"{name} {dtype}: {shown(speed, other)}")
 
     for number, trainer in enumerate(trainers):
-        for seed in map(int, args.seeds.split(",") if trainer.arm.steps else args.seeds.split(",")[:1]):
+        for seed in map(int, args.seeds.split(",")[: 1 if trainer.arm.lora.draft_only else None]):
             left = begin + args.seconds - time.perf_counter()
             share = max(left / (len(trainers) - number) - args.figure_seconds, 1)
             try:
