@@ -19,6 +19,7 @@ from msn_jax.errors import InputError, first_line
 from msn_jax.io.files import is_remote
 from msn_jax.io.hf import TOP_NAMES, layer_names, part_shapes, read_json, tensors
 from msn_jax.io.published_config import config_from_hf
+from msn_jax.io.tokenizer import save_tokenizer
 from msn_jax.model_config import ModelConfig
 from msn_jax.params import Params
 
@@ -144,7 +145,7 @@ def export_hf(
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        tokenizer.save_pretrained(partial)
+        save_tokenizer(tokenizer, partial)
         _write_json(partial / "config.json", config)
         ids = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
         _write_json(partial / "generation_config.json", {"_from_model_config": False, **ids})

@@ -33,6 +33,7 @@ from transformers import PreTrainedTokenizerBase
 from msn_jax.config import RunConfig
 from msn_jax.errors import InputError, first_line
 from msn_jax.io.files import first_cause, is_remote, replace_file, writing
+from msn_jax.io.tokenizer import save_tokenizer
 
 _COMMITTED = "commit_success.txt"  # orbax writes it last
 _FILES = "files.json"  # what `_check_files` compares, written after that: for a damaged file orbax prints pages
@@ -72,7 +73,7 @@ def write_run_files(
     """
     folder = epath.Path(directory)
     with tempfile.TemporaryDirectory() as scratch, writing(folder):
-        tokenizer.save_pretrained(scratch)
+        save_tokenizer(tokenizer, Path(scratch))
         folder.mkdir(parents=True, exist_ok=True)
         for file in sorted(Path(scratch).iterdir()):
             replace_file(folder / file.name, file.read_bytes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -184,6 +185,23 @@ def from_folder(folder: Path) -> tuple[PreTrainedTokenizerBase, set[int]]:
     except Exception as e:  # whatever the parsing of a damaged file runs into
         raise InputError(f"{folder}: the tokenizer cannot be read ({first_line(e)})") from None
     return tokenizer, end_ids(tokenizer)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer's files so that transformers 4 and 5 both read them.
+
+    Version 5 by itself names a class that 4 does not have, keeps where the files lay, and spells additional special
+    tokens so that 4 stops at them.
+    """
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("backend", "is_local", "local_files_only"):
+        settings.pop(name, None)
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, name: str) -> None:
