@@ -33,7 +33,7 @@ from msn_jax.adapters import Marked, merge
 from msn_jax.config import SECTIONS, LoraConfig, RunConfig
 from msn_jax.errors import InputError
 from msn_jax.io import export, hf, run_dir
-from msn_jax.io.adapters import save_adapter
+from msn_jax.io.adapters import norms_digest, save_adapter, stored_norms
 from msn_jax.io.files import is_remote, local_files
 from msn_jax.io.loading import open_checkpoint
 from msn_jax.io.metrics import MetricsLog, read_metrics
@@ -68,7 +68,7 @@ def parse_args(argv: list[str] | None) -> tuple[RunConfig, jsonargparse.Namespac
         raise InputError(" ".join(str(e).split())) from None
     if flags.topology and not flags.plan:
         raise InputError("--topology does nothing without --plan")
-    return RunConfig(**{name: made[name] for name in SECTIONS}), flags
+    return run_dir.with_absolute_base(RunConfig(**{name: made[name] for name in SECTIONS})), flags
 
 
 def say(text: str) -> None:
@@ -320,7 +320,8 @@ def finish(setting: Setting, state: train_step.TrainState, flags) -> None:
         beside = state.params if run.lora.rank else marks
         beside = jax.tree.map(lambda a: multihost_utils.process_allgather(a, tiled=True), beside)
         if jax.process_index() == 0:
-            save_adapter(f"{run.train.out}/adapter", beside, run.lora, run.model.ckpt)
+            norms = norms_digest(stored_norms(setting.cfg, setting.source)) if setting.source else None
+            save_adapter(f"{run.train.out}/adapter", beside, run.lora, run.model.ckpt, norms)
     if jax.process_index() > 0:
         return
     lines = read_metrics(run.train.out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, get_type_hints
 
 from msn_jax.errors import InputError, check_fields
 
@@ -69,15 +69,16 @@ class ModelConfig:
                 "null or a positive int",
             ),
         )
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            kinds = {"int": (int,), "float": (int, float), "bool": (bool,)}.get(field.type)
-            if kinds is None:
-                continue
-            wrong = not isinstance(value, kinds) or (kinds != (bool,) and (isinstance(value, bool) or not 0 < value))
-            if wrong:
-                accepted = "true or false" if kinds == (bool,) else f"a positive {field.type}"
-                raise InputError(f"model config: {field.name} = {value!r} is not possible; accepted: {accepted}")
+        for name, kind in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if kind is bool and not isinstance(value, bool):
+                raise InputError(f"model config: {name} = {value!r} is not possible; accepted: true or false")
+            if kind in (int, float):
+                kinds = (int, float) if kind is float else int
+                if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
+                    raise InputError(
+                        f"model config: {name} = {value!r} is not possible; accepted: a positive {kind.__name__}"
+                    )
         if self.heads % self.kv_heads:
             raise InputError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
         if self.head_dim % 2:

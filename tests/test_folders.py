@@ -16,6 +16,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from msn_jax import InputError, data, generate, load
 from msn_jax.config import DataConfig, DataSource
 from msn_jax.io import hf
+from msn_jax.io.export import hf_config
 from msn_jax.io.loading import open_checkpoint
 from msn_jax.io.published_config import config_from_hf
 
@@ -58,6 +59,8 @@ def test_a_head_that_differs_from_a_tied_embedding_counts(make, capsys):
     lm = load(make(tensors={HEAD: head}))
     assert not lm.cfg.tie_embeddings and "lm_head.weight differs" in capsys.readouterr().err
     np.testing.assert_array_equal(lm.params.unembed, head.astype(np.float32))
+    assert hf_config(open_checkpoint(lm.name).cfg)["tie_word_embeddings"] is False  # what a run of it is written with
+    assert "lm_head.weight differs" in capsys.readouterr().err
     untied = load(make({"tie_word_embeddings": False}, {HEAD: head}))
     assert untied.cfg == lm.cfg and capsys.readouterr().err == ""
     texts = [generate(each, [[5, 6, 7]], method="ar", max_new_tokens=8)[0].tokens for each in (lm, untied)]

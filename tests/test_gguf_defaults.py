@@ -53,6 +53,7 @@ def test_a_sentencepiece_vocabulary_has_ids_by_default(capsys):
     assert tok.encode("a") == [1, *byte_fallback()[0].encode("a")] and capsys.readouterr().err == ""
     tok, _ = byte_fallback(**{"ggml.bos_token_id": 10**6})
     assert tok.bos_token_id == 1 and "bos_token_id = 1000000 is no token" in capsys.readouterr().err
+    assert byte_fallback(**{"ggml.eot_token_id": 10**6, "ggml.eom_token_id": "x"})[1] == {2}
 
 
 def test_without_types_and_scores_all_tokens_are_alike():
@@ -67,6 +68,8 @@ def test_without_types_and_scores_all_tokens_are_alike():
     [
         ({"ggml.tokens": None}, "the field 'tokenizer.ggml.tokens' is missing"),
         ({"ggml.merges": None}, "the field 'tokenizer.ggml.merges' is missing"),
+        ({"ggml.tokens": []}, "tokenizer.ggml.tokens is empty"),
+        ({"chat_template": 7}, "tokenizer.chat_template no text"),
         ({"ggml.tokens": 7}, "tokenizer.ggml.tokens is not a list"),
         ({"ggml.token_type": ["a"] * 257}, "tokenizer.ggml.token_type is not a list"),
         ({"ggml.token_type": [1] * 9}, "tokenizer.ggml.token_type has 9 entries for 257 tokens"),

@@ -14,7 +14,7 @@ from conftest import GOLDENS
 from flax import struct
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from msn_jax import InputError, init, load
 from msn_jax.io import hf, tokenizer
@@ -272,6 +272,23 @@ def test_run_files(tmp_path, tiny):
     tok, stops = tokenizer.from_folder(run)
     assert (len(tok), stops, tok.chat_template) == (61, {1}, "{{ messages }}")
     assert not [name for name in os.listdir(run) if name.endswith(".tmp")]
+
+
+def test_tokenizer_files_are_for_transformers_4_too(tmp_path, tiny):
+    """With 4.57.6 AutoTokenizer refuses the class TokenizersBackend, and a list of extra_special_tokens; it reads these
+    fields, and version 5 does too."""
+    words = tokenizer_of(61)
+    words.add_special_tokens({"additional_special_tokens": ["t2", "t3"]})
+    export_hf(tmp_path / "out", tiny[0], tiny[1], words, {1})
+    read, _ = tokenizer.from_folder(tmp_path / "out")  # which notes where it came from
+    write_run_files(tmp_path / "run", "", hf_config(tiny[0], [1]), read)
+    for folder in (tmp_path / "out", tmp_path / "run"):
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert settings["additional_special_tokens"] == ["t2", "t3"]
+        assert not settings.keys() & {"backend", "is_local", "local_files_only", "extra_special_tokens"}
+        again = AutoTokenizer.from_pretrained(folder)
+        assert again.decode([2, 4, 3], skip_special_tokens=True) == "t4" and again.chat_template == "{{ messages }}"
 
 
 LLAMA3 = RopeScaling(kind="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=2.0, original_max_position=64)

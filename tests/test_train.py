@@ -46,18 +46,23 @@ def test_a_run_directory_decodes_and_exports(config, tmp_path, capsys, monkeypat
     assert len(lines(tmp_path / "run")) == 12 and (tmp_path / "again" / "model.safetensors").exists()
 
 
-def test_adapters_of_a_run_are_saved_small_and_merge(config, tmp_path):
+def test_adapters_of_a_run_are_saved_small_and_merge(config, tmp_path, monkeypatch, capsys):
     train.main(["--config", config(train={"steps": 2}), "--export", str(tmp_path / "base")])
     lora = config(
         "lora.yaml",
-        model={"scratch": None, "ckpt": str(tmp_path / "base")},
+        model={"scratch": None, "ckpt": "base"},
         lora={"rank": 2, "targets": ["qkv", "down"]},
         train={"out": str(tmp_path / "lora")},
     )
-    train.main(["--config", lora, "--export", str(tmp_path / "merged")])
+    with monkeypatch.context() as patch:
+        patch.chdir(tmp_path)  # where the base has a short name; the run is read from elsewhere
+        train.main(["--config", lora, "--export", str(tmp_path / "merged")])
+        train.main(["--config", lora])  # the same run still
+    capsys.readouterr()
     assert (tmp_path / "lora" / "adapter" / "adapter.safetensors").stat().st_size < 20_000
     run, merged = load(tmp_path / "lora"), load(tmp_path / "merged")
     applied = load(tmp_path / "base", adapter=tmp_path / "lora" / "adapter")
+    assert capsys.readouterr().err == ""
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6)
     jax.tree.map(close, run.params, merged.params)
     jax.tree.map(close, run.params, applied.params)
@@ -71,6 +76,12 @@ def test_adapters_of_a_run_are_saved_small_and_merge(config, tmp_path):
         load(tmp_path / "other", adapter=tmp_path / "lora" / "adapter")
     with pytest.raises(InputError, match="adapter_config.json is missing"):
         load(tmp_path / "base", adapter=tmp_path)
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(
+        InputError, match=r"lora: its base cannot be loaded: --ckpt .*/base: no .*, or --ckpt BASE --adapter"
+    ):
+        load(tmp_path / "lora")
+    (tmp_path / "moved").rename(tmp_path / "base")
     draft_only = config(
         "draft.yaml",
         model={"scratch": None, "ckpt": str(tmp_path / "base")},

