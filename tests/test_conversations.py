@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 from test_cli import write_rows
+from test_gguf import byte_fallback
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -218,3 +219,18 @@ def test_a_generation_prompt_that_begins_no_reply_is_named(tmp_path, monkeypatch
     )
     with pytest.raises(InputError, match=named):
         data.load_examples(config, chatml(THINKS), [2])
+
+
+@pytest.mark.parametrize("template", [*TEMPLATES, "plain"])
+@pytest.mark.parametrize("prefix", [True, False])
+def test_the_same_of_vocabularies_from_gguf(template, prefix):
+    tokenizer, stops = byte_fallback(**{"ggml.bos_token_id": 1, "ggml.add_space_prefix": prefix})
+    tokenizer.chat_template = TEMPLATES.get(template)
+    if template == "plain":
+        data.apply_template(tokenizer, "plain")
+    said = messages("what is a prime", "Hello there", "friend", "fine thanks")
+    whole = tokenizer.apply_chat_template(said, return_dict=False)
+    ids, response = data.encode_example(tokenizer, said, stops)
+    assert ids.tolist() == whole[: len(ids)] and 2 not in whole[len(ids) :] and ids[-1] == 2
+    for start, n in zip(starts(response), (1, 3), strict=True):
+        assert ids[:start].tolist() == encode_chat(tokenizer, said[:n])

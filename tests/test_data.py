@@ -14,6 +14,7 @@ from tokenizers import processors
 
 from msn_jax import InputError, data
 from msn_jax.config import DataConfig, DataSource
+from msn_jax.conversations import PLAIN
 from msn_jax.io.tokenizer import encode_chat, from_folder
 from msn_jax.rows import Unusable, to_messages
 
@@ -103,7 +104,7 @@ def test_plain_template(bytewise):
     assert bytewise.decode(tokens) == "hi\nyo<|im_end|>\nso\nok!<|im_end|>"
     assert response.astype(int).tolist() == [0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 1]
     bytewise.bos_token = "<|im_start|>"  # part of a text only where the tokenizer itself puts it there
-    assert data.apply_template(bytewise, "plain").chat_template[:20] == data._PLAIN[:20]
+    assert data.apply_template(bytewise, "plain").chat_template[:20] == PLAIN[:20]
     start = processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
     bytewise.backend_tokenizer.post_processor = start
     tokens, _ = data.encode_example(data.apply_template(bytewise, "plain"), messages(*CONVERSATION[:2]))
