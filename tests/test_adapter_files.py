@@ -108,7 +108,7 @@ def test_a_peft_adapter_is_named_by_its_folder_its_file_or_a_hub_id(write, monke
         jax.tree.map(np.testing.assert_array_equal, load_adapter(name, cfg), first)
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     for name, named in (
-        (adapter, "adapter.safetensors is missing"),
+        (adapter, "adapter_model.safetensors is missing"),
         (adapter / "adapter_model.bin", "a file that is not .safetensors; accepted: a directory with adapter_config"),
         (adapter / "none", "no such file or directory"),
         (adapter.parent, "adapter_config.json is missing"),

@@ -80,7 +80,8 @@ def find_adapter(adapter: str | Path) -> Path:
     if not path.exists() and is_hub_id(str(adapter)):
         path = download("--adapter", str(adapter), [CONFIG, "*.safetensors"])
     if path.is_dir():
-        path /= peft.WEIGHTS if (path / peft.WEIGHTS).exists() else WEIGHTS
+        there = (path / CONFIG).exists()
+        path /= peft.WEIGHTS if there and "peft_type" in _settings(path / WEIGHTS) else WEIGHTS
     elif path.suffix != ".safetensors":
         what = "a file that is not .safetensors" if path.exists() else "no such file or directory"
         raise InputError(
