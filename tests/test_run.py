@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from msn_jax import InputError, init, load
-from msn_jax.io import hf, tokenizer
+from msn_jax.io import files, hf, tokenizer
 from msn_jax.io.export import check_export_dir, export_hf, hf_config
 from msn_jax.io.metrics import MetricsLog
 from msn_jax.io.published_config import config_from_hf
@@ -351,6 +351,10 @@ def test_where_an_export_may_go(tmp_path, tiny):
     exported(tmp_path, tiny, "tied")
     cfg, params = exported(tmp_path, tiny, "linear")  # in place of the other
     same(load(tmp_path / "out").params, params)
+    (tmp_path / "out" / "NOTES.md").write_text("mine")
+    with pytest.raises(InputError, match="NOTES.md in it is not of an earlier export"):
+        exported(tmp_path, tiny, "tied")
+    (tmp_path / "out" / "NOTES.md").unlink()
     cases = {
         "gs://bucket/x": "not a local path",
         tmp_path / "file": "a file",
@@ -361,6 +365,25 @@ def test_where_an_export_may_go(tmp_path, tiny):
     for directory, why in cases.items():
         with pytest.raises(InputError, match=f"--export {directory}: .*{why}"):
             export_hf(directory, cfg, params, tokenizer_of(61), [1])
+
+
+def test_two_exports_to_one_directory_do_not_meet(tmp_path, tiny):
+    mine, left = tmp_path / f".out.{os.getppid()}.partial", tmp_path / ".out.4194305.partial"  # no such process
+    mine.mkdir(), left.mkdir()
+    cfg, params = exported(tmp_path, tiny, "tied")
+    assert sorted(os.listdir(tmp_path)) == [mine.name, "out"]
+    same(load(tmp_path / "out").params, params)
+
+
+def test_a_copy_from_a_store_is_removed_at_the_end(tmp_path, monkeypatch):
+    at_exit = []
+    monkeypatch.setattr(files.atexit, "register", lambda f, *args, **more: at_exit.append(lambda: f(*args, **more)))
+    monkeypatch.setattr(files, "is_remote", lambda path: True)
+    (tmp_path / "config.json").write_text("{}")
+    copy = files.local_files(tmp_path)
+    assert copy != tmp_path and (copy / "config.json").read_text() == "{}"
+    at_exit[0]()
+    assert not copy.exists()
 
 
 def test_an_export_to_a_full_disk_leaves_the_earlier_one(tmp_path, tiny, request):

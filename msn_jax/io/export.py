@@ -32,6 +32,7 @@ _ARCHITECTURES = {
 }
 _DTYPES = {"float32": "F32", "bfloat16": "BF16"}  # as safetensors calls them
 _MARK = {"exported_by": "msn_jax"}  # in config.json: what `export_hf` may replace
+_WRITTEN = ("config.json", "generation_config.json", "token*", "special_tokens_map.json", "*.jinja", "model*", "marks")
 
 
 def hf_config(cfg: ModelConfig, stop_ids: Iterable[int] = ()) -> dict[str, Any]:
@@ -112,6 +113,8 @@ def check_export_dir(directory: str | Path) -> Path:
         raise InputError(f"--export {directory}: a file; {accepted}")
     if path.is_dir() and any(path.iterdir()) and not _is_export(path):
         raise InputError(f"--export {directory}: a directory with other files in it; {accepted}")
+    if path.is_dir() and (others := sorted(f.name for f in path.iterdir() if not any(map(f.match, _WRITTEN)))):
+        raise InputError(f"--export {directory}: {others[0]} in it is not of an earlier export; {accepted}")
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"--export {directory}: {parent} cannot be written; {accepted}")
@@ -141,9 +144,11 @@ def export_hf(
     if str(dtype) not in _DTYPES:
         raise InputError(f"dtype {dtype} cannot be exported; accepted: {', '.join(_DTYPES)}")
     config = hf_config(cfg, stop_ids) | {"bos_token_id": tokenizer.bos_token_id, "dtype": str(dtype), **_MARK}
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # another process may export there too
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in path.parent.glob(f".{path.name}.*.partial"):
+            if not _runs(left.name.split(".")[-2]):
+                shutil.rmtree(left, ignore_errors=True)
         partial.mkdir(parents=True)
         save_tokenizer(tokenizer, partial)
         _write_json(partial / "config.json", config)
@@ -215,9 +220,18 @@ def _header(names: list[str], shapes: dict[str, tuple[int, ...]], nbytes: dict[s
     return len(text).to_bytes(8, "little") + text
 
 
+def _runs(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError):
+        return False
+    except PermissionError:  # it is somebody else's
+        pass
+    return True
+
+
 def _put_in_place(partial: Path, path: Path) -> None:
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
     if path.exists():
         path.rename(old)
     partial.rename(path)
