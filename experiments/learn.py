@@ -29,7 +29,7 @@ from msn_jax.errors import first_line, run_command
 from msn_jax.io.adapters import load_adapter
 from msn_jax.io.loading import LM
 from msn_jax.params import stack_layers
-from msn_jax.questions import read_questions
+from msn_jax.questions import read_questions, spread
 from msn_jax.records import keep_rows, run_record
 
 
@@ -54,7 +54,7 @@ def main() -> None:
     p.add_argument("--prompts", type=Path, nargs="*", default=[], help="rows whose prompts the model answers itself")
     p.add_argument("--tuning", type=Path, nargs="*", default=[], help="rows whose replies are learnt")
     p.add_argument("--questions", required=True, help="JSONL with question_id, category, turns; first turns are asked")
-    p.add_argument("--limit", type=int, help="use this many questions")
+    p.add_argument("--limit", type=int, help="use this many questions, spread over the categories")
     p.add_argument("--out", type=Path, required=True)
     p.add_argument("--arms", default="")
     p.add_argument("--seeds", default="0", help="draft arms have the first alone")
@@ -81,7 +81,7 @@ def main() -> None:
 
     arms = [parse_arm(text, args.rows) for text in args.arms.split(",") if text]
     arms.sort(key=lambda arm: arm.steps is None)
-    questions = read_questions(args.questions)[: args.limit]
+    questions = spread(read_questions(args.questions), args.limit)
     lm = load(args.ckpt)
     lm = smaller(lm) if args.small else lm
     args.cfg = lm.cfg
@@ -116,6 +116,10 @@ def main() -> None:
         else:
             most = min(96, len(whole["tokens"]) // 4)
             held, whole = ({name: x[part] for name, x in whole.items()} for part in (slice(most), slice(most, None)))
+        if not len(whole["tokens"]) or not len(held["tokens"]):
+            raise InputError(
+                f"--{'prompts' if kind == 'own' else 'tuning'}: too few rows to learn from and to hold out"
+            )
         short = -len(held["tokens"]) % rows
         fill = lambda x: np.pad(x, ((0, short), (0, 0))).reshape(-1, rows, args.tokens)
         return jax.device_put(whole), jax.device_put({name: fill(x) for name, x in held.items()})
@@ -144,7 +148,7 @@ def main() -> None:
     base = early["untouched"].result()
     for name, measured in early.items():
         measured = measured.result()
-        keep({"arm": name} | measured)
+        keep({"arm": name, "dtype": args.dtype} | measured)
         say(f"{name}: {shown(measured, base)}")
     trainers = [trainer.result() for trainer in waiting]
     say("compiled")
