@@ -43,7 +43,8 @@ class Arm:
             learning_rate=self.learning_rate,
             warmup_steps=10,
             dtype=args.dtype,
-            activation_dtype=args.activations,
+            # As the arms of evidence.yaml, and as what a draft-only adapter meets on an accelerator.
+            activation_dtype=args.activations or (None if self.lora.draft_only else "float32"),
             remat=args.remat,
             head_chunk=192,
         )

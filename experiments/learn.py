@@ -70,7 +70,7 @@ def main() -> None:
     p.add_argument("--marked_methods", default="ar,jacobi:draft13,tr-jacobi:draft13mix")
     p.add_argument("--draft_methods", default="ar,jacobi:draft13,tr-jacobi:draft13mix")
     p.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
-    p.add_argument("--activations", choices=("float32", "bfloat16"), help="of training, between products")
+    p.add_argument("--activations", choices=("float32", "bfloat16"), help="of training; else each arm has its own")
     p.add_argument("--remat", default="none", choices=("full", "dots", "none"))
     p.add_argument("--float32_methods", default="", help="of draft arms, in float32 as well")
     p.add_argument("--figure_seconds", type=float, default=10, help="kept for the figures of a draft arm")
