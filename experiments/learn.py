@@ -135,9 +135,12 @@ def main() -> None:
         config = DecodeConfig(method="ar", max_new_tokens=args.max_new_tokens, batch_size=args.answer_batch)
         heats = [float(t) for t in args.temperatures.split(",")]
         # Held-out prompts are answered once, greedily, and by none of the other rounds.
-        split, data["held"] = args.answer_batch, list(own_examples(fast, prompts[: args.answer_batch], config, 1, [0]))
-        data["own"] = list(own_examples(fast, prompts[split:], config, args.answer_seconds, heats))
-        keep_rows(args.out / "own.jsonl", [[t.tolist(), int(r.argmax())] for t, r in data["own"]])
+        split = args.answer_batch
+        parts = ("held", prompts[:split], 1, [0.0]), ("own", prompts[split:], args.answer_seconds, heats)
+        for name, asked, seconds, temperatures in parts:
+            answered = list(own_examples(fast, asked, config, seconds, temperatures))
+            data[name] = [example for _, example in answered]
+            keep_rows(args.out / f"{name}.jsonl", [{"messages": talk} for talk, _ in answered])
         say(f"{len(data['own'])} own replies to {len(prompts)} prompts")
     kind_of = lambda arm: "own" if arm.lora.draft_only else "tuning"
     placed = {(kind_of(arm), arm.rows): None for arm in arms}

@@ -43,17 +43,22 @@ def encoded(lm: LM, talks: list[list[dict]], most: int) -> Iterator[Example]:
             yield tokens, reply
 
 
-def prompts_of(lm: LM, talks: list[list[dict]], most: int) -> list[list[int]]:
-    """Token ids of each conversation up to its first reply, without those of more than `most`."""
+def prompts_of(lm: LM, talks: list[list[dict]], most: int) -> list[tuple[list[dict], list[int]]]:
+    """Each conversation up to its first reply, and its token ids, without those of more than `most`."""
     first = lambda talk: next(i for i, message in enumerate(talk) if message["role"] == "assistant")
-    ids = (encode(lm, talk[: first(talk)]) for talk in talks)
-    return [prompt for prompt in ids if len(prompt) <= most]
+    prompts = (talk[: first(talk)] for talk in talks)
+    pairs = ((prompt, encode(lm, prompt)) for prompt in prompts)
+    return [(prompt, ids) for prompt, ids in pairs if len(ids) <= most]
 
 
 def own_examples(
-    lm: LM, prompts: list[list[int]], decode: DecodeConfig, seconds: float, temperatures: list[float]
-) -> Iterator[Example]:
-    """The model's replies to all prompts, at one temperature after the other, until the time is up.
+    lm: LM,
+    prompts: list[tuple[list[dict], list[int]]],
+    decode: DecodeConfig,
+    seconds: float,
+    temperatures: list[float],
+) -> Iterator[tuple[list[dict], Example]]:
+    """Conversations of the model's own replies to all prompts, at one temperature after the other, while there is time.
 
     Replies that loop, or say nothing, are dropped. The last batch of a temperature is left out where it is not full.
     """
@@ -64,10 +69,12 @@ def own_examples(
             if time.perf_counter() > end:
                 return
             batch = prompts[at : at + size]
-            for prompt, result in zip(batch, next(generate_batches(lm, batch, settings)), strict=True):
-                if len(result.tokens) > 1 and repeated_4grams(result.tokens) < LOOPS:
-                    tokens = np.array(prompt + result.tokens, np.int32)
-                    yield tokens, np.arange(len(tokens)) >= len(prompt)
+            results = next(generate_batches(lm, [ids for _, ids in batch], settings))
+            for (prompt, ids), result in zip(batch, results, strict=True):
+                if result.text.strip() and repeated_4grams(result.tokens) < LOOPS:
+                    tokens = np.array(ids + result.tokens, np.int32)
+                    reply = {"role": "assistant", "content": result.text}
+                    yield [*prompt, reply], (tokens, np.arange(len(tokens)) >= len(ids))
 
 
 def pack(examples: list[Example], width: int, bins: int = 64) -> dict[str, np.ndarray]:
