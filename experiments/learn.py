@@ -166,7 +166,7 @@ def main() -> None:
     plain, failed = {}, []
 
     def one_arm(trainer: Trainer, seed: int, seconds: float) -> None:
-        arm, name = trainer.arm, f"{trainer.arm.name}-seed{seed}"
+        arm, name = trainer.arm, f"{trainer.arm.name.replace('@', '-')}-seed{seed}"
         trained, figures = trainer.train(seed, seconds, args.out / name)
         if arm.lora.draft_only:  # as it is stored, too
             figures["held_out_unrounded"] = trainer.held_out(trained)
