@@ -6,14 +6,12 @@ python decode.py --ckpt smollm2-135m-instruct --prompt "What is a prime number?"
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import json
 import os
 import shutil
 import sys
 import textwrap
-from pathlib import Path
+from functools import partial
 
 if "--plan" in sys.argv:
     # The TPU compiler needs no TPU, but must not look for one.
@@ -23,12 +21,15 @@ import jax
 from tqdm import tqdm
 
 from msn_jax import DecodeConfig, InputError, load
-from msn_jax.decode.generate import encode, generate_batches
+from msn_jax.chat import chat
+from msn_jax.decode.generate import Stream, generate_batches
+from msn_jax.decode.prompts import Row, as_chat, encode, read_prompts
 from msn_jax.decode.tree import METHODS, TREE_SETS, tree_set
 from msn_jax.io.loading import ACCEPTED
-from msn_jax.io.tokenizer import TextStream, require_template
-from msn_jax.report import Run, write_html
+from msn_jax.io.rows_out import STDOUT, check_outputs, rows_out
+from msn_jax.page import run_of, write_html
 from msn_jax.sharding import make_mesh
+from msn_jax.terminal import CACHE_HELP, run_command
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -38,6 +39,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
 
     p = Parser(
         description=__doc__.split("\n")[0],
+        epilog=CACHE_HELP,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,  # "--plan" is looked for above, before anything is parsed
     )
@@ -46,11 +48,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--tensor", type=int, default=1, help="devices to spread the model over")
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="one prompt; the chat template is applied")
-    what.add_argument("--prompts", help="JSONL file; rows have `prompt` (raw), `messages` or `turns` (the first)")
+    what.add_argument("--prompts", help="JSONL file, or - for stdin; rows have `prompt` (raw), `messages` or `turns`")
     what.add_argument("--chat", action="store_true", help="talk to the model; an empty line or Ctrl-D ends it")
     what.add_argument(
         "--plan", action="store_true", help="compile for a TPU slice, print memory and cost, decode nothing"
     )
+    p.add_argument("--system", help="what the model is told before a --chat")
     p.add_argument("--topology", default="v5e:2x4", help="TPU slice for --plan")
     p.add_argument("--method", default="tr-jacobi", choices=METHODS, help="how to draft")
     p.add_argument(
@@ -66,85 +69,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--chat_template", default="auto", choices=("auto", "yes", "no"), help="auto: all but `prompt` rows")
     p.add_argument("--compare", action="store_true", help="also decode plainly (ar), and compare the tokens")
     p.add_argument("--html", help="write a page that shows what each pass accepted")
-    p.add_argument("--out", help="write one JSON line for each prompt")
+    p.add_argument("--out", help="write one JSON line for each prompt to this file; - is stdout")
     return p.parse_args(argv)
-
-
-def read_prompts(path: str, chat_template: str) -> list[tuple[object, str | list]]:
-    """(id, prompt) of each row. Raises InputError with the line number of a row that cannot be used."""
-    try:
-        lines = Path(path).read_bytes().splitlines()
-    except OSError as e:
-        raise InputError(f"--prompts {path}: {e.strerror}") from None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        try:
-            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))  # Windows begins a file with a mark
-            json.dumps(row, ensure_ascii=False).encode("utf-8")  # JSON can spell half a character
-        except json.JSONDecodeError as e:
-            raise InputError(f"{where}: not valid JSON ({e.msg}, column {e.colno})") from None
-        except UnicodeError as e:
-            raise InputError(f"{where}: not valid UTF-8 ({e.reason} at {e.start})") from None
-        except (ValueError, RecursionError) as e:
-            raise InputError(f"{where}: not JSON that can be read ({e})") from None
-        prompt = row_prompt(row, where, chat_template)
-        rows.append((row.get("id", row.get("question_id", len(rows))), prompt))
-    if not rows:
-        raise InputError(f"{path}: no prompts in it")
-    return rows
-
-
-def row_prompt(row: object, where: str, chat_template: str) -> str | list:
-    if not isinstance(row, dict) or not row.keys() & {"prompt", "messages", "turns"}:
-        raise InputError(f"{where}: no `prompt`, `messages` or `turns`")
-    if "messages" in row:
-        messages = row["messages"]
-        fine = isinstance(messages, list) and all(
-            isinstance(m, dict)
-            and isinstance(m.get("role"), str)
-            # A message that calls tools may say nothing.
-            and (isinstance(m.get("content"), str) or (m.get("content") is None and m.get("tool_calls")))
-            for m in messages
-        )
-        if not fine or not messages:
-            raise InputError(f"{where}: `messages` must be a list of {{role, content}} texts")
-        return messages
-    turns = [row["prompt"]] if "prompt" in row else row["turns"]
-    text = turns[0] if isinstance(turns, list) and turns else None
-    if not isinstance(text, str) or not text:
-        raise InputError(f"{where}: the prompt is empty or not a text")
-    return text if chat_template == "no" or ("prompt" in row and chat_template == "auto") else as_chat(text)
-
-
-def as_chat(text: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": text}]
-
-
-def check_writable(args: argparse.Namespace) -> None:
-    """Raise InputError now where an output could not be written later, or would take the place of an input."""
-    inputs = [Path(path) for path in (args.prompts, args.ckpt) if path]
-    taken = {path.resolve(): str(path) for path in inputs}
-    for flag, path in (("--out", args.out), ("--html", args.html)):
-        if path is None:
-            continue
-        target = Path(path)
-        try:
-            if target.resolve() in taken:
-                raise InputError(f"{flag} {path}: is also {taken[target.resolve()]}")
-            if target.exists() and not target.is_file():
-                raise InputError(f"{flag} {path}: not a regular file")
-            # The longest name that either writer gives its unfinished file.
-            trial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-            trial.touch()
-            trial.unlink()
-            if Path(f"{path}.partial").is_dir():
-                raise InputError(f"{flag} {path}: {path}.partial is a directory")
-        except OSError as e:
-            raise InputError(f"{flag} {path}: cannot be written ({e.strerror})") from None
-        taken[target.resolve()] = path
 
 
 def check_flags(args: argparse.Namespace, given: list[str]) -> None:
@@ -174,17 +100,21 @@ def check_flags(args: argparse.Namespace, given: list[str]) -> None:
         refuse("a run that is no --plan", "--topology")
     if args.chat:
         refuse("--chat", "--out", "--html", "--compare", "--batch_size", "--chat_template")
+    else:
+        refuse("a run that is no --chat", "--system")
     if args.method == "ar":
         refuse("--method ar", "--tree")
     if args.html and args.prompt is None:
         raise InputError("--html shows one prompt; give it with --prompt")
     if args.prompt is not None and not args.prompt.strip():
         raise InputError("--prompt is empty")
+    if sys.stdout is None and not args.out:
+        raise InputError("stdout is closed; accepted with it: --out FILE")
 
 
 def side_by_side(left: str, right: str) -> str:
     """Two texts in two columns of the terminal."""
-    width = (min(shutil.get_terminal_size().columns, 160) - 3) // 2
+    width = max((min(shutil.get_terminal_size().columns, 160) - 3) // 2, 8)
     columns = [
         [piece for line in text.split("\n") for piece in textwrap.wrap(line, width) or [""]] for text in (left, right)
     ]
@@ -206,95 +136,79 @@ def summary(results: list) -> list[str]:
     ]
 
 
-def print_comparison(plain: list, fast: list) -> None:
+def print_comparison(plain: list, fast: list, file) -> None:
+    say = partial(print, file=file)
     if len(fast) == 1:
-        print(side_by_side(plain[0].method, fast[0].method))
-        print(side_by_side("-" * 12, "-" * 12))
-        print(side_by_side(plain[0].text, fast[0].text), end="\n\n")
+        say(side_by_side(plain[0].method, fast[0].method))
+        say(side_by_side("-" * 12, "-" * 12))
+        say(side_by_side(plain[0].text, fast[0].text), end="\n\n")
     names = ["tokens", "passes", "tokens a pass (MAT)", "tokens/s", "ms a pass"]
-    print(f"{'':<20} {plain[0].method:>12} {fast[0].method:>12}")
+    say(f"{'':<20} {plain[0].method:>12} {fast[0].method:>12}")
     for name, a, b in zip(names, summary(plain), summary(fast), strict=True):
-        print(f"{name:<20} {a:>12} {b:>12}")
+        say(f"{name:<20} {a:>12} {b:>12}")
     same = sum(a.tokens == b.tokens for a, b in zip(plain, fast, strict=True))
     speed = sum(r.seconds for r in plain) / sum(r.seconds for r in fast)
-    print(f"{'speed':<20} {'1.00x':>12} {f'{speed:.2f}x':>12}")
-    print(f"tokens identical: {'yes' if same == len(fast) else f'no ({same} of {len(fast)} prompts)'}")
-
-
-def write_report(path: str, lm, prompt: str, ids: list[int], result, plain) -> None:
-    runs = []
-    for r in filter(None, (plain, result)):
-        stream, pieces, at = TextStream(lm.tokenizer, after=ids), [], 0
-        for count in r.accepted:
-            pieces.append(stream.add(r.tokens[at : at + count]))
-            at += count
-        pieces[-1] += stream.flush()
-        same = None if plain is None or r is plain else r.tokens == plain.tokens
-        run = Run(
-            method=r.method,
-            pieces=pieces,
-            accepted=r.accepted,
-            seconds=r.seconds,
-            tokens=len(r.tokens),
-            identical=same,
-        )
-        runs.append(run)
-    write_html(path, f"{lm.name}: what each pass accepted", prompt, runs)
+    say(f"{'speed':<20} {'1.00x':>12} {f'{speed:.2f}x':>12}")
+    say(f"tokens identical: {'yes' if same == len(fast) else f'no ({same} of {len(fast)} prompts)'}")
 
 
 def stream_one(lm, ids: list[int], config: DecodeConfig):
     """Generate for one prompt and print the text as it is accepted."""
-    stream = TextStream(lm.tokenizer, after=ids)
-    show = lambda text: print(text, end="", flush=True)
-    (result,) = next(generate_batches(lm, [ids], config, on_tokens=lambda new: show(stream.add(new))))
-    print(stream.flush())
-    return result
+    answer = Stream(lm, ids, config)
+    for piece in answer:
+        print(piece, end="", flush=True)
+    print()
+    return answer.result
 
 
-def decode_file(lm, rows: list, config: DecodeConfig, out: str | None) -> list:
-    """Generate for all rows with a progress bar; whole lines go to OUT.partial, which becomes OUT at the end."""
-    ids = [encode(lm, prompt) for _, prompt in rows]
-    batches = generate_batches(lm, ids, config, ids=[id_ for id_, _ in rows])
+def decode_rows(lm, rows: list[Row], config: DecodeConfig, write, show: bool) -> list:
+    """Generate for all rows with a progress bar; each is written, and shown, when its batch is done."""
+    ids = [encode(lm, row.prompt, row.tools) for row in rows]
     results = []
-    partial = Path(f"{out}.partial") if out else None
-    with (
-        partial.open("w", encoding="utf-8") if partial else contextlib.nullcontext() as file,
-        tqdm(total=len(rows), unit="prompt", desc=config.method) as bar,
-    ):
-        for batch in batches:
+    with tqdm(total=len(rows), unit="prompt", desc=config.method) as bar:
+        for batch in generate_batches(lm, ids, config, ids=[row.id for row in rows]):
             results += batch
             for result in batch:
-                if file:
-                    print(json.dumps(dataclasses.asdict(result), ensure_ascii=False), file=file, flush=True)
-            tokens, forwards = sum(len(r.tokens) for r in results), sum(r.forwards for r in results)
-            bar.set_postfix(MAT=f"{tokens / forwards:.2f}", tokens=tokens)
+                write(dataclasses.asdict(result))
+                if show:
+                    tqdm.write(f"--- {result.id}\n{result.text}")
+            _, _, mat, *_ = summary(results)
+            bar.set_postfix(MAT=mat, tokens=sum(len(r.tokens) for r in results))
             bar.update(len(batch))
-    if partial:
-        partial.replace(out)
     return results
 
 
-def chat(lm, config: DecodeConfig) -> None:
-    """Talk until an empty line. What cannot be answered is said in one line, and what was said before stays."""
-    require_template(lm.tokenizer)
-    history = []
-    while True:
-        try:
-            text = input("> ").strip()
-        except EOFError:
-            text = ""
-        except UnicodeDecodeError:
-            print("decode.py: that was not valid UTF-8", file=sys.stderr)
-            continue
-        if not text:
-            return
-        try:
-            result = stream_one(lm, encode(lm, [*history, *as_chat(text)]), config)
-        except InputError as e:
-            print(f"decode.py: {e}", file=sys.stderr)
-            continue
-        history += [*as_chat(text), {"role": "assistant", "content": result.text}]
-        print(f"[{len(result.tokens)} tokens, {result.mat:.2f} a pass, {result.tokens_per_s:.1f} tokens/s]")
+def compare(lm, rows: list[Row], config: DecodeConfig, write) -> tuple[list, list]:
+    """The results of `ar` and of the method. They take turns, and take turns to be first: a machine's speed drifts.
+
+    Of a single batch each runs twice, and the faster time counts.
+    """
+    plain = dataclasses.replace(config, method="ar", tree=None)
+    ids = [encode(lm, row.prompt, row.tools) for row in rows]
+    batches, results = -(-len(rows) // config.batch_size), ([], [])
+    with tqdm(total=len(rows), unit="prompt", desc=f"ar, {config.method}") as bar:
+        for _ in range(2 if batches == 1 else 1):
+            both = [generate_batches(lm, ids, c, ids=[row.id for row in rows]) for c in (plain, config)]
+            for turn in range(batches):
+                order = (0, 1) if (turn + len(results[0])) % 2 == 0 else (1, 0)
+                done = {i: next(both[i]) for i in order}
+                for i in order:
+                    results[i].append(done[i])
+                bar.update(len(done[1]) if len(results[0]) <= batches else 0)
+    if batches == 1:
+        results = tuple([min(twice, key=lambda batch: batch[0].seconds)] for twice in results)
+    plain, fast = ([r for batch in batches for r in batch] for batches in results)
+    for result in fast:
+        write(dataclasses.asdict(result))
+    return plain, fast
+
+
+def settings_of(args: argparse.Namespace, lm) -> dict[str, object]:
+    """What a page says of how it was made."""
+    names = ["tree", "adapter", "dtype", "max_new_tokens", "temperature", "top_k", "top_p", "seed"]
+    drawn = ("top_k", "top_p", "seed")
+    given = {name: getattr(args, name) for name in names if args.temperature or name not in drawn}
+    return {"checkpoint": lm.name, "backend": lm.backend} | {k: v for k, v in given.items() if v is not None}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -308,48 +222,43 @@ def main(argv: list[str] | None = None) -> None:
     config = DecodeConfig(**{name: value for name, value in vars(args).items() if name in fields})
     rows = None
     tree_set(config.method, config.tree)  # an impossible pair is refused before the weights are read
-    check_writable(args)
+    inputs = {"--prompts": args.prompts, "--ckpt": args.ckpt, "--adapter": args.adapter}
+    check_outputs({"--out": args.out, "--html": args.html}, inputs)
     if args.prompts is not None:
         rows = read_prompts(args.prompts, args.chat_template)
     elif args.prompt is not None:
-        rows = [(0, args.prompt if args.chat_template == "no" else as_chat(args.prompt))]
+        rows = [Row(0, args.prompt if args.chat_template == "no" else as_chat(args.prompt))]
 
     if not 1 <= args.tensor <= jax.device_count():
         raise InputError(f"--tensor {args.tensor}: accepted: 1 to {jax.device_count()}, the devices that there are")
-    mesh = make_mesh(tensor=args.tensor)
-    with jax.set_mesh(mesh):
-        lm = load(args.ckpt, args.adapter, args.dtype, mesh if args.tensor > 1 else None)
-        decode(lm, args, config, rows)
+    with rows_out(args.out) as write:
+        lm = load(args.ckpt, args.adapter, args.dtype, make_mesh(tensor=args.tensor) if args.tensor > 1 else None)
+        if args.chat:
+            return chat(lm, config, args.system)
+        decode(lm, args, config, rows, write)
 
 
-def decode(lm, args: argparse.Namespace, config: DecodeConfig, rows: list | None) -> None:
+def decode(lm, args: argparse.Namespace, config: DecodeConfig, rows: list[Row], write) -> None:
     """Generate as the flags say, and write down what came of it."""
-    if args.chat:
-        return chat(lm, config)
-    plain_config = dataclasses.replace(config, method="ar", tree=None)
-    plain = decode_file(lm, rows, plain_config, None) if args.compare else None
+    plain = None
     streamed = args.prompt is not None and not args.compare and not args.out
-    if streamed:
-        results = [stream_one(lm, encode(lm, rows[0][1]), dataclasses.replace(config, batch_size=1))]
+    if args.compare:
+        plain, results = compare(lm, rows, config, write)
+    elif streamed:
+        results = [stream_one(lm, encode(lm, rows[0].prompt), config)]
     else:
-        results = decode_file(lm, rows, config, args.out)
+        results = decode_rows(lm, rows, config, write, show=not args.out)
     if args.html:
-        ids = encode(lm, rows[0][1])
-        write_report(args.html, lm, args.prompt, ids, results[0], plain[0] if plain else None)
+        ids, first = encode(lm, rows[0].prompt), plain[0] if plain else None
+        runs = [run_of(lm, ids, result, first) for result in (first, results[0]) if result is not None]
+        write_html(args.html, f"{lm.name}: what each pass accepted", args.prompt, runs, settings_of(args, lm))
         print(f"wrote {args.html}", file=sys.stderr)
     if plain:
-        return print_comparison(plain, results)
-    if not streamed and not args.out:
-        for result in results:
-            print(f"--- {result.id}\n{result.text}")
+        # Rows on stdout are for a program to read.
+        return print_comparison(plain, results, sys.stderr if args.out in STDOUT else sys.stdout)
     tokens, passes, mat, rate, ms = summary(results)
     print(f"{tokens} tokens, {passes} passes, {mat} a pass, {rate} tokens/s, {ms} ms a pass", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as e:
-        sys.exit(f"decode.py: error: {e}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_command(main)

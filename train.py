@@ -5,13 +5,17 @@ python train.py --config configs/tiny.yaml
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import os
-import signal
+import shlex
 import sys
 import time
+from dataclasses import fields
 from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 if "--plan" in sys.argv:
     # The TPU compiler needs no TPU, but must not look for one.
@@ -24,9 +28,6 @@ import numpy as np
 import yaml
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from tensorboardX import SummaryWriter
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from msn_jax import data, train_step
 from msn_jax.adapters import Marked, merge
@@ -34,18 +35,24 @@ from msn_jax.config import SECTIONS, LoraConfig, RunConfig
 from msn_jax.errors import InputError
 from msn_jax.io import export, hf, run_dir
 from msn_jax.io.adapters import norms_digest, save_adapter, stored_norms
-from msn_jax.io.files import is_remote, local_files
+from msn_jax.io.files import local_files
 from msn_jax.io.loading import open_checkpoint
-from msn_jax.io.metrics import MetricsLog, read_metrics
+from msn_jax.io.metrics import read_metrics
 from msn_jax.io.tokenizer import end_ids, from_folder
 from msn_jax.model_config import ModelConfig
 from msn_jax.objectives import objective_of
 from msn_jax.objectives.scores import metrics_of
 from msn_jax.params import DraftAdapter, declare
-from msn_jax.report import check_plot, plot_metrics
+from msn_jax.plot import check_plot, plot_metrics
 from msn_jax.rows import read_rows
+from msn_jax.settings import describe
 from msn_jax.shapes import SHAPES
 from msn_jax.sharding import check_batch, make_mesh, mesh_sizes, start_processes
+from msn_jax.terminal import CACHE_HELP, run_command
+from msn_jax.train_log import NotFinite, Stop, TrainLog, say
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # A run may be taken up again with other values of these; all others decide what it computes.
 FREE_TO_CHANGE = {"train": {"out", "save_every", "keep", "eval_every", "eval_batches"}, "mesh": None, "lora": {"store"}}
@@ -53,7 +60,7 @@ FREE_TO_CHANGE = {"train": {"out", "save_every", "keep", "eval_every", "eval_bat
 
 def parse_args(argv: list[str] | None) -> tuple[RunConfig, jsonargparse.Namespace]:
     """(config, flags). Raises InputError for an unknown key, a wrong type, or a value that is not possible."""
-    p = jsonargparse.ArgumentParser(description=__doc__.split("\n")[0], exit_on_error=False)
+    p = jsonargparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=CACHE_HELP, exit_on_error=False)
     p.add_argument("--config", action="config", help="YAML file, see configs/")
     p.add_argument("--plan", action="store_true", help="print devices, parameters, batch and memory; train nothing")
     p.add_argument("--topology", type=str | None, help="TPU slice for --plan, in place of mesh.topology")
@@ -61,6 +68,10 @@ def parse_args(argv: list[str] | None) -> tuple[RunConfig, jsonargparse.Namespac
     p.add_argument("--plot", action="store_true", help="when trained, write plot.png beside metrics.jsonl")
     for name, kind in SECTIONS.items():
         p.add_class_arguments(kind, name)
+        p.groups[name].title = name + ": " + kind.__doc__.splitlines()[0].rstrip(".")
+    about = {f"{name}.{field.name}": describe(field) for name, kind in SECTIONS.items() for field in fields(kind)}
+    for action in p._actions:  # jsonargparse reads docstrings alone
+        action.help = about.get(action.dest, action.help)
     try:
         flags = p.parse_args(argv)
         made = p.instantiate(flags)
@@ -69,12 +80,6 @@ def parse_args(argv: list[str] | None) -> tuple[RunConfig, jsonargparse.Namespac
     if flags.topology and not flags.plan:
         raise InputError("--topology does nothing without --plan")
     return run_dir.with_absolute_base(RunConfig(**{name: made[name] for name in SECTIONS})), flags
-
-
-def say(text: str) -> None:
-    """Print, on the first process alone, without tearing the progress bar."""
-    if jax.process_index() == 0:
-        tqdm.write(text)
 
 
 def start_model(run: RunConfig) -> tuple[ModelConfig, object, tuple[int, ...], object]:
@@ -97,7 +102,7 @@ def start_model(run: RunConfig) -> tuple[ModelConfig, object, tuple[int, ...], o
     return cfg, tokenizer, tuple(sorted(end_ids(tokenizer))), None
 
 
-def describe(corpus: data.Corpus) -> None:
+def describe_corpus(corpus: data.Corpus) -> None:
     """What there is to train on, and which rows are not used and why."""
     for name, counts in corpus.counts.items():
         reasons = ", ".join(f"{why}: {count}" for why, count in corpus.skipped[name].items())
@@ -130,19 +135,6 @@ def check_same_run(run: RunConfig) -> None:
                 )
 
 
-class Stop:
-    """Whether the run was asked to end: a SIGTERM, of this process or of any on a pod."""
-
-    def __init__(self):
-        self._asked = False
-        if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_asked", True))
-
-    def asked(self, step: int) -> bool:
-        # All processes must save at one step, so there jax decides, which listens to SIGTERM itself.
-        return self._asked if jax.process_count() == 1 else multihost_utils.reached_preemption_sync_point(step)
-
-
 @dataclasses.dataclass(frozen=True)
 class Setting:
     """What a run works with, all but its state."""
@@ -154,6 +146,7 @@ class Setting:
     stop_ids: tuple[int, ...]
     source: hf.TensorSource | None  # of the weights to start from; None: random ones
     corpus: data.Corpus
+    held_out: list[dict[str, np.ndarray]]  # batches to evaluate on
 
 
 def prepare(run: RunConfig) -> Setting:
@@ -163,69 +156,23 @@ def prepare(run: RunConfig) -> Setting:
     check_batch(run.train.batch_size, run.train.accumulate, mesh)
     if run_dir.has_begun(run.train.out):
         check_same_run(run)
+    else:
+        run_dir.check_out(run.train.out, run.model.ckpt)
     cfg, tokenizer, stop_ids, source = start_model(run)
     if run.data.max_tokens > cfg.max_position:
         raise InputError(f"data.max_tokens = {run.data.max_tokens}: the model's context is {cfg.max_position}")
     corpus = data.load_examples(run.data, tokenizer, stop_ids, cfg.vocab_size)
-    describe(corpus)
+    describe_corpus(corpus)
     longest = data.longest_response(corpus)
     if run.noise.kind != "none" and longest < run.noise.length + 1:
         raise InputError(
             f"noise.length = {run.noise.length}: the longest response has {longest} tokens; "
             f"accepted: up to {longest - 1}"
         )
-    return Setting(run, mesh, cfg, tokenizer, stop_ids, source, corpus)
-
-
-class Log:
-    """Where the numbers of each step go: metrics.jsonl, TensorBoard, the progress bar."""
-
-    def __init__(self, setting: Setting, flops: int, start: int):
-        """flops: of one step, in products with weights."""
-        run, device = setting.run, setting.mesh.devices.flat[0]
-        self._mine = jax.process_index() == 0
-        self._tokens = run.train.batch_size * run.data.max_tokens
-        peak = train_step.peak_flops(device.device_kind, run.train.dtype)
-        self._mfu_s = peak and flops / (peak * setting.mesh.size)
-        self._metrics = self._board = None
-        if self._mine:
-            self._metrics = MetricsLog(run.train.out)
-            self._metrics.cut_back(start)
-            if not is_remote(run.train.out):
-                self._board = SummaryWriter(run.train.out, purge_step=start + 1)
-        self._bar = tqdm(total=run.train.steps, initial=start, unit="step", disable=not self._mine)
-        self._clock = time.perf_counter()
-
-    def write(self, step: int, report: dict, evaluated: dict[str, float]) -> None:
-        """A step that was taken. Waits for the device to finish it."""
-        report = jax.device_get(report)
-        seconds, self._clock = time.perf_counter() - self._clock, time.perf_counter()
-        line = metrics_of(report["by_depth"])
-        line |= {name: float(report[name]) for name in ("grad_norm", "learning_rate")}
-        line |= {"tokens_per_s": self._tokens / seconds, **evaluated}
-        if self._mfu_s:
-            line["mfu"] = self._mfu_s / seconds
-        if self._mine:
-            self._metrics.write(step, line)
-        for name, value in line.items() if self._board else ():
-            self._board.add_scalar(name, value, step)
-        self._bar.set_postfix(loss=f"{line['loss']:.3f}", tokens_per_s=f"{line['tokens_per_s']:.0f}")
-        self._bar.update(1)
-
-    def pause(self, seconds: float) -> None:
-        """Do not count this time as training."""
-        self._clock += seconds
-
-    def flush(self) -> None:
-        if self._mine:
-            self._metrics.flush()
-
-    def close(self) -> None:
-        self._bar.close()
-        if self._mine:
-            self._metrics.close()
-        if self._board:
-            self._board.close()
+    held_out = []
+    if run.train.eval_every:
+        held_out = data.held_out_batches(corpus, run.data, run.train.batch_size, run.train.eval_batches)
+    return Setting(run, mesh, cfg, tokenizer, stop_ids, source, corpus, held_out)
 
 
 def train(setting: Setting) -> train_step.TrainState:
@@ -233,9 +180,6 @@ def train(setting: Setting) -> train_step.TrainState:
     run, cfg, mesh = setting.run, setting.cfg, setting.mesh
     rows, out = run.train.batch_size, run.train.out
     batches = data.batches(setting.corpus, run.data, rows, run.train.seed)
-    held_out = []
-    if run.train.eval_every:
-        held_out = data.held_out_batches(setting.corpus, run.data, rows, run.train.eval_batches)
     batch_shapes = train_step.batch_shapes(rows, run.data.max_tokens, mesh)
     if jax.process_index() == 0 and not run_dir.has_begun(out):
         text = yaml.safe_dump(dataclasses.asdict(run), sort_keys=False)
@@ -267,36 +211,37 @@ def train(setting: Setting) -> train_step.TrainState:
     evaluate = jax.jit(train_step.make_eval_step(cfg, run))
     say(f"{rows} x {run.data.max_tokens} tokens a step, compiled in {time.perf_counter() - began:.0f} s")
 
-    stop, log, waiting = Stop(), Log(setting, flops, start), None
-    for step in range(start + 1, run.train.steps + 1):
-        state, report = step_of(state, frozen, global_batch(next(batches), batch_shapes))
-        if waiting:
-            log.write(*waiting)  # of the step before, so that the device need not wait for the host
-        evaluated = {}
-        last = step == run.train.steps
-        if run.train.eval_every and (step % run.train.eval_every == 0 or last):
-            jax.block_until_ready(state)
-            began = time.perf_counter()
-            on_mesh = (global_batch(batch, batch_shapes) for batch in held_out)
-            scores = [evaluate(state.params, frozen, batch, np.int32(i)) for i, batch in enumerate(on_mesh)]
-            evaluated = eval_metrics(jax.device_get(scores))
-            say(f"step {step}: held-out loss {evaluated['eval_loss']:.3f}")
-            log.pause(time.perf_counter() - began)
-        waiting = (step, report, evaluated)
-        stopping = stop.asked(step)
-        if last or stopping or step % run.train.save_every == 0:
-            log.write(*waiting)
-            log.flush()  # before the checkpoint: it is complete up to this step
-            data_state = {"batches": batches.get_state(), "corpus": digest}
-            checkpoints.save(step, state, data_state, evaluated.get("eval_loss"))
-            waiting = None
-        if stopping and not last:
-            break
-    checkpoints.close()
-    log.close()
-    batches.close()
-    if stopping and not last:
-        say(f"stopped after step {step}; the same command goes on from there")
+    log = TrainLog(run, mesh, flops, start)
+    ending = 0  # the step that the run was asked to end after
+    with contextlib.closing(checkpoints), contextlib.closing(log), contextlib.closing(batches), Stop() as stop:
+        waiting = None
+        for step in range(start + 1, run.train.steps + 1):
+            state, report = step_of(state, frozen, global_batch(next(batches), batch_shapes))
+            if waiting:
+                log.write(*waiting)  # of the step before, so that the device need not wait for the host
+            evaluated = {}
+            last = step == run.train.steps
+            if run.train.eval_every and (step % run.train.eval_every == 0 or last):
+                jax.block_until_ready(state)
+                began = time.perf_counter()
+                on_mesh = (global_batch(batch, batch_shapes) for batch in setting.held_out)
+                scores = [evaluate(state.params, frozen, batch, np.int32(i)) for i, batch in enumerate(on_mesh)]
+                evaluated = eval_metrics(jax.device_get(scores))
+                say(f"step {step}: held-out loss {evaluated['eval_loss']:.3f}")
+                log.pause(time.perf_counter() - began)
+            waiting = (step, report, evaluated)
+            if stop.asked(step) and not last:
+                ending = step
+            if last or ending or step % run.train.save_every == 0:
+                log.write(*waiting)  # raises where the step spoilt the weights: they must not be saved
+                log.flush()  # before the checkpoint: it is complete up to this step
+                data_state = {"batches": batches.get_state(), "corpus": digest}
+                checkpoints.save(step, state, data_state, evaluated.get("eval_loss"))
+                waiting = None
+            if ending:
+                break
+    if ending:
+        say(f"stopped after step {ending}; the same command goes on from there")
         sys.exit(0)
     return state
 
@@ -325,6 +270,8 @@ def finish(setting: Setting, state: train_step.TrainState, flags) -> None:
     if jax.process_index() > 0:
         return
     lines = read_metrics(run.train.out)
+    if lines[-1]["loss"] is None:  # of a run by an earlier version, which went on after such a step
+        raise InputError(f"{run.train.out}: the loss of its last step is not finite; nothing of it can be used")
     say(f"loss {lines[0]['loss']:.3f} at step {lines[0]['step']}, {lines[-1]['loss']:.3f} at step {lines[-1]['step']}")
     if flags.export:
         params = state.params.weights if marks else state.params
@@ -336,9 +283,22 @@ def finish(setting: Setting, state: train_step.TrainState, flags) -> None:
             save_adapter(f"{flags.export}/marks", marks, LoraConfig(), flags.export)
             say(f"wrote {flags.export}/marks, embeddings of its noise: decode with --adapter {flags.export}/marks")
     if flags.plot:
-        plot_metrics(lines, f"{run.train.out}/plot.png")
-        say(f"wrote {run.train.out}/plot.png")
-    say(f"wrote {run.train.out}; decode with: python decode.py --ckpt {run.train.out} --prompt TEXT")
+        plot(run)
+    say(f"wrote {run.train.out}; decode with: python decode.py --ckpt {shlex.quote(run.train.out)} --prompt TEXT")
+
+
+def check_export(run: RunConfig, directory: str) -> None:
+    """Raise InputError where the export cannot be written when the run is done, or would replace what it reads."""
+    path = export.check_export_dir(directory).resolve()
+    for name, other in (("train.out", run.train.out), ("model.ckpt", run.model.ckpt)):
+        place = Path(other or "").resolve()
+        if other and (path == place or path in place.parents):
+            raise InputError(f"--export {directory}: {name} is there; accepted: another directory")
+
+
+def plot(run: RunConfig) -> None:
+    plot_metrics(read_metrics(run.train.out), f"{run.train.out}/plot.png")
+    say(f"wrote {run.train.out}/plot.png")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -355,16 +315,17 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError("--export: a draft-only adapter changes no weights; accepted without lora.draft_only")
         if jax.process_count() > 1:
             raise InputError("--export is for one process; train, then export where the run directory can be read")
-        export.check_export_dir(flags.export)
+        check_export(run, flags.export)
     setting = prepare(run)
-    with jax.set_mesh(setting.mesh):
-        finish(setting, train(setting), flags)
+    with run_dir.held(run.train.out), jax.set_mesh(setting.mesh):
+        try:
+            state = train(setting)
+        except NotFinite as e:
+            if flags.plot and jax.process_index() == 0:
+                plot(run)  # what led to it
+            raise InputError(f"{e}; {run_dir.kept(run.train.out)}") from e
+        finish(setting, state, flags)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as e:
-        sys.exit(f"train.py: error: {e}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run_command(main)

@@ -23,8 +23,8 @@ from pathlib import Path
 
 import numpy as np
 
-from msn_jax.errors import run_command
 from msn_jax.records import print_record
+from msn_jax.terminal import run_command
 
 SHARDS = 4
 # Name: (stacked for training, dtype, mesh axis to split over, devices).

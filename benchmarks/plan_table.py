@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from msn_jax.errors import run_command
+from msn_jax.terminal import run_command
 
 ROOT = Path(__file__).parent.parent
 TABLE, ROWS = ROOT / "docs" / "plan.md", ROOT / "docs" / "plan.jsonl"

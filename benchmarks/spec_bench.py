@@ -17,11 +17,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from msn_jax import DecodeConfig, InputError, load
-from msn_jax.decode.generate import encode, generate_batches, is_near_tie
+from msn_jax.decode.generate import generate_batches, is_near_tie
+from msn_jax.decode.prompts import encode
 from msn_jax.decode.tree import tree_set
-from msn_jax.errors import run_command
 from msn_jax.questions import read_questions, spread
 from msn_jax.records import keep_rows, kept_rows, print_record
+from msn_jax.terminal import run_command
 
 LOOPS = 0.2  # an output that repeats a larger share of its 4-grams is a loop
 
@@ -138,7 +139,12 @@ def main() -> None:
     p.add_argument("--ckpt", required=True)
     p.add_argument("--adapter", help="directory of an adapter, see decode.py")
     p.add_argument("--questions", required=True, help="JSONL with question_id, category, turns")
-    p.add_argument("--methods", default="ar,lookup,jacobi,tr-jacobi")
+    p.add_argument(
+        "--methods",
+        default="ar,lookup,jacobi,tr-jacobi",
+        metavar="METHOD[:TREE][@BATCH],...",
+        help="what to compare, `ar` first; such as ar,tr-jacobi:msn69@4",
+    )
     p.add_argument("--max_new_tokens", type=int, default=128)
     p.add_argument("--limit", type=int, help="use this many questions, spread over the categories")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))

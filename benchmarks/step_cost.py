@@ -21,9 +21,9 @@ import numpy as np
 from msn_jax import DecodeConfig, InputError, init, load
 from msn_jax.decode import TreeSet, init_state, loop, tree_set
 from msn_jax.decode.tree import JACOBI, chain
-from msn_jax.errors import run_command
 from msn_jax.records import print_record
 from msn_jax.shapes import SHAPES
+from msn_jax.terminal import run_command
 
 
 def measure(programs: dict, rounds: int) -> dict[str, np.ndarray]:

@@ -23,12 +23,12 @@ import numpy as np
 
 from msn_jax import InputError, train_step
 from msn_jax.config import DataConfig, DataSource, ModelStart, NoiseConfig, RunConfig, TrainConfig
-from msn_jax.errors import run_command
 from msn_jax.io import export, hf
 from msn_jax.io.loading import open_checkpoint
 from msn_jax.records import print_record
 from msn_jax.shapes import SHAPES
 from msn_jax.sharding import make_mesh
+from msn_jax.terminal import run_command
 
 TORCH = """
 import json, sys, time

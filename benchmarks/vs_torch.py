@@ -55,7 +55,8 @@ def main() -> None:
         return serve_torch(args.ckpt, args.max_new_tokens)
 
     from msn_jax import DecodeConfig, load
-    from msn_jax.decode.generate import encode, generate_batches
+    from msn_jax.decode.generate import generate_batches
+    from msn_jax.decode.prompts import encode
     from msn_jax.records import print_record
 
     lm = load(args.ckpt)

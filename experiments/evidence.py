@@ -21,8 +21,8 @@ from pathlib import Path
 import yaml
 
 from msn_jax import InputError
-from msn_jax.errors import run_command
 from msn_jax.records import kept_rows, run_record
+from msn_jax.terminal import run_command
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"

@@ -25,12 +25,13 @@ from experiments.one_batch import measure, ratios, shown, with_trained
 from experiments.packed import conversations, encoded, own_examples, pack, prompts_of
 from msn_jax import DecodeConfig, InputError, init, load
 from msn_jax.adapters import init_trained
-from msn_jax.errors import first_line, run_command
+from msn_jax.errors import first_line
 from msn_jax.io.adapters import load_adapter
 from msn_jax.io.loading import LM
 from msn_jax.params import stack_layers
 from msn_jax.questions import read_questions, spread
 from msn_jax.records import keep_rows, run_record
+from msn_jax.terminal import run_command
 
 
 def plan(arm: Arm, args: argparse.Namespace) -> dict[str, str]:

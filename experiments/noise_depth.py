@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from msn_jax.errors import run_command
 from msn_jax.io.run_dir import read_config
 from msn_jax.records import kept_rows, print_record
+from msn_jax.terminal import run_command
 
 ROOT = Path(__file__).parent.parent
 

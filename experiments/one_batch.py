@@ -13,7 +13,8 @@ from benchmarks.spec_bench import parse_method, repeated_4grams
 from experiments.statistics import by_question, mat_interval, mat_ratio
 from msn_jax import DecodeConfig
 from msn_jax.adapters import Marked, merge
-from msn_jax.decode.generate import encode, generate_batches
+from msn_jax.decode.generate import generate_batches
+from msn_jax.decode.prompts import encode
 from msn_jax.io.loading import LM
 from msn_jax.params import DraftAdapter, unstack
 

@@ -21,10 +21,11 @@ from tqdm import tqdm
 from benchmarks.spec_bench import LOOPS, repeated_4grams
 from msn_jax import DecodeConfig, load
 from msn_jax.config import DataSource
-from msn_jax.decode.generate import encode, generate_batches
-from msn_jax.errors import run_command
+from msn_jax.decode.generate import generate_batches
+from msn_jax.decode.prompts import encode
 from msn_jax.records import keep_rows, kept_rows, same_settings
 from msn_jax.rows import Unusable, read_rows, to_messages
+from msn_jax.terminal import run_command
 
 
 def prompts_of(path: str, seed: int) -> list[list[dict]]:

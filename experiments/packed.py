@@ -13,7 +13,8 @@ from benchmarks.spec_bench import LOOPS, repeated_4grams
 from msn_jax import DecodeConfig
 from msn_jax.config import DataSource
 from msn_jax.data import encode_example
-from msn_jax.decode.generate import encode, generate_batches
+from msn_jax.decode.generate import generate_batches
+from msn_jax.decode.prompts import encode
 from msn_jax.io.loading import LM
 from msn_jax.rows import Unusable, read_rows, to_messages
 

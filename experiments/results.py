@@ -25,7 +25,7 @@ from experiments.tables import (
     trade_section,
     training_section,
 )
-from msn_jax.errors import run_command
+from msn_jax.terminal import run_command
 
 ROOT = Path(__file__).parent.parent
 PLAN = Path(__file__).parent / "evidence.yaml"

@@ -24,14 +24,14 @@ from tqdm import tqdm
 
 from msn_jax import InputError, load, unembed
 from msn_jax.config import DataSource
-from msn_jax.decode.generate import encode
+from msn_jax.decode.prompts import encode
 from msn_jax.decode.tree import EITHER, JACOBI, LONGEST_MATCH, NOISE, TreeSet, TreeSpec, branching, chain
-from msn_jax.errors import run_command
 from msn_jax.io.tokenizer import encode_text
 from msn_jax.objectives.draft_only import drafted
 from msn_jax.params import stack_layers
 from msn_jax.records import print_record
 from msn_jax.rows import read_rows
+from msn_jax.terminal import run_command
 
 TOKENS = 384  # longest text that is used
 

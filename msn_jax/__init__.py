@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from msn_jax.cache import KVCache
     from msn_jax.config import DecodeConfig, NoiseConfig
-    from msn_jax.decode.generate import Result, generate
+    from msn_jax.decode.generate import Result, Stream, generate, stream
     from msn_jax.errors import InputError
     from msn_jax.io.loading import LM, load
     from msn_jax.model import forward, unembed
     from msn_jax.model_config import ModelConfig
     from msn_jax.noise import add_noise
     from msn_jax.params import Params, init
+    from msn_jax.sharding import make_mesh
     from msn_jax.train_step import make_train_step
 
 __version__ = "0.1.0"
@@ -25,13 +26,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "msn_jax.cache": ("KVCache",),
     "msn_jax.config": ("DecodeConfig", "NoiseConfig"),
-    "msn_jax.decode.generate": ("Result", "generate"),
+    "msn_jax.decode.generate": ("Result", "Stream", "generate", "stream"),
     "msn_jax.errors": ("InputError",),
     "msn_jax.io.loading": ("LM", "load"),
     "msn_jax.model": ("forward", "unembed"),
     "msn_jax.model_config": ("ModelConfig",),
     "msn_jax.noise": ("add_noise",),
     "msn_jax.params": ("Params", "init"),
+    "msn_jax.sharding": ("make_mesh",),
     "msn_jax.train_step": ("make_train_step",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -45,12 +47,15 @@ __all__ = [
     "NoiseConfig",
     "Params",
     "Result",
+    "Stream",
     "add_noise",
     "forward",
     "generate",
     "init",
     "load",
+    "make_mesh",
     "make_train_step",
+    "stream",
     "unembed",
 ]
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 
@@ -27,13 +25,3 @@ def check_fields(config: Any, prefix: str, **fields: tuple[bool, str]) -> None:
     for name, (fine, accepted) in fields.items():
         if not fine:
             raise InputError(f"{prefix}{name} = {getattr(config, name)} is not possible; accepted: {accepted}")
-
-
-def run_command(main: Callable[[], None]) -> None:
-    """Run the `main` of a command line: an InputError becomes one line on stderr and exit status 1, Ctrl-C 130."""
-    try:
-        main()
-    except InputError as e:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {e}")
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, get_type_hints
+from typing import Any
 
 from msn_jax.errors import InputError, check_fields
+from msn_jax.settings import check_settings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,7 @@ class RopeScaling:
     original_max_position: int = 8192
 
     def __post_init__(self):
+        check_settings(self, "rope_scaling.")
         check_fields(self, "rope_scaling.", kind=(self.kind in ("linear", "llama3"), "linear, llama3"))
 
     def scaled(self, frequency: float) -> float:
@@ -59,26 +61,17 @@ class ModelConfig:
     sliding_window: int | None = None  # tokens that each one sees, itself included; None: all before it
 
     def __post_init__(self):
+        check_settings(self, "model config: ")
         check_fields(
             self,
             "model config: ",
             norm=(self.norm in ("rms", "layer"), "rms, layer"),
             activation=(self.activation in ("swiglu", "gelu_tanh"), "swiglu, gelu_tanh"),
-            sliding_window=(
-                self.sliding_window is None or (type(self.sliding_window) is int and self.sliding_window > 0),
-                "null or a positive int",
-            ),
         )
-        for name, kind in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            if kind is bool and not isinstance(value, bool):
-                raise InputError(f"model config: {name} = {value!r} is not possible; accepted: true or false")
-            if kind in (int, float):
-                kinds = (int, float) if kind is float else int
-                if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < math.inf:
-                    raise InputError(
-                        f"model config: {name} = {value!r} is not possible; accepted: a positive {kind.__name__}"
-                    )
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and not 0 < value < math.inf:
+                raise InputError(f"model config: {field.name} = {value} is not possible; accepted: a positive number")
         if self.heads % self.kv_heads:
             raise InputError(f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}")
         if self.head_dim % 2:

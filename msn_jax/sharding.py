@@ -29,12 +29,20 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence |
     """A mesh of `data * fsdp * tensor` devices.
 
     Auto axes on purpose: the compiler places activations, and `constrain` corrects it where it matters.
+    Raises InputError where there are fewer devices.
     """
     devices = jax.devices() if devices is None else devices
     n = data * fsdp * tensor
     if n > len(devices):
-        raise ValueError(f"mesh {data} x {fsdp} x {tensor} needs {n} devices; there are {len(devices)}")
+        raise InputError(f"mesh {data} x {fsdp} x {tensor} needs {n} devices; there are {len(devices)}")
     return jax.make_mesh((data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:n])
+
+
+def check_mesh(mesh: Mesh) -> None:
+    """Raise InputError for a mesh that `make_mesh` would not have made."""
+    if tuple(mesh.axis_names) != MESH_AXES or set(mesh.axis_types) != {AxisType.Auto}:
+        axes = ", ".join(f"{name} ({kind})" for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True))
+        raise InputError(f"a mesh with the axes {axes}; accepted: one of msn_jax.make_mesh(data=, fsdp=, tensor=)")
 
 
 def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, int, int]:

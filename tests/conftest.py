@@ -24,6 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from msn_jax import DecodeConfig, ModelConfig, forward, init, load, unembed
 from msn_jax.decode import init_state, prefill, run
@@ -167,3 +169,23 @@ def config(tmp_path, rows_cache):
         return str(tmp_path / name)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def tiny_ckpt(tmp_path_factory):
+    """A golden checkpoint with a tokenizer of single characters, whose chat template prints roles and contents."""
+    folder = tmp_path_factory.mktemp("ckpt") / "tiny"
+    shutil.copytree(GOLDENS / "tiny_gqa_tied", folder)
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {chr(c): c - 30 for c in range(33, 126)} | {"\u0120": 96}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    template = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "chat_template": template}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_lm(tiny_ckpt):
+    return load(tiny_ckpt)

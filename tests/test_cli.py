@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import decode
-from msn_jax import InputError
+from msn_jax import InputError, chat
+from msn_jax.decode.prompts import read_prompts, read_row
 
 ROOT = Path(__file__).parent.parent
 
@@ -84,9 +85,9 @@ def test_html_page_is_written_whole(run, tmp_path):
 
 
 def test_chat_keeps_its_history(run, monkeypatch):
-    seen, lines, encode = [], iter(["Hello!", "And now?", ""]), decode.encode
+    seen, lines, encode = [], iter(["Hello!", "And now?", ""]), chat.encode
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    monkeypatch.setattr(decode, "encode", lambda lm, prompt: seen.append(prompt) or encode(lm, prompt))
+    monkeypatch.setattr(chat, "encode", lambda lm, prompt: seen.append(prompt) or encode(lm, prompt))
     run("--chat", "--max_new_tokens", 6)
     assert [m["role"] for m in seen[1]] == ["user", "assistant", "user"]
     assert seen[1][0]["content"] == "Hello!" and seen[1][1]["content"]
@@ -110,22 +111,22 @@ def test_a_bad_row_is_named_by_its_line(tmp_path, line, named):
     path = tmp_path / "in.jsonl"
     path.write_bytes(b'{"prompt": "fine"}\n' + line)
     with pytest.raises(InputError, match=named):
-        decode.read_prompts(str(path), "auto")
+        read_prompts(str(path), "auto")
 
 
 def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n{"prompt": "b"}\r\n')
-    assert decode.read_prompts(str(path), "auto") == [(0, "a"), (1, "b")]
+    assert [row[:2] for row in read_prompts(str(path), "auto")] == [(0, "a"), (1, "b")]
     path.write_bytes(b'{"prompt": "a"}\n\xef\xbb\xbf{"prompt": "b"}\n')
     with pytest.raises(InputError, match="line 2: not valid JSON"):
-        decode.read_prompts(str(path), "auto")
+        read_prompts(str(path), "auto")
 
 
 def test_messages_of_tools_are_left_to_the_template():
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
     messages = [{"role": "user", "content": "1+1"}, call, {"role": "tool", "content": "2"}]
-    assert decode.row_prompt({"messages": messages}, "", "auto") == messages
+    assert read_row({"messages": messages}, "", "auto", 0).prompt == messages
 
 
 @pytest.mark.parametrize(
@@ -135,8 +136,10 @@ def test_messages_of_tools_are_left_to_the_template():
         (["--prompts", "nothing.jsonl"], "nothing.jsonl: No such file"),
         (["--prompt", "a", "--out", "/nowhere/out.jsonl"], "--out /nowhere/out.jsonl: cannot be written"),
         (["--prompt", "a", "--html", "/nowhere/a.html"], "--html /nowhere/a.html: cannot be written"),
-        (["--prompt", "a", "--out", "/dev/null"], "--out /dev/null: not a regular file"),
-        (["--prompt", "a", "--out", "same", "--html", "same"], "--html same: is also same"),
+        (["--prompt", "a", "--out", "."], "--out .: not a regular file"),
+        (["--prompt", "a", "--html", "/dev/null"], "--html /dev/null: not a regular file"),
+        (["--prompt", "a", "--system", "b"], "--system does nothing with a run that is no --chat"),
+        (["--prompt", "a", "--out", "same", "--html", "same"], "--html same: is also --out same"),
         (["--prompts", __file__, "--out", __file__], "is also"),
         (["--prompts", ""], "--prompts : Is a directory"),
         (["--chat", "--out", "a"], "--out does nothing with --chat"),

@@ -1,5 +1,6 @@
 """What a user meets first: the import, the public names, the help of every script."""
 
+import dataclasses
 import importlib
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import msn_jax
+from msn_jax.config import SECTIONS
+from msn_jax.settings import describe
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("jax", "transformers", "datasets", "orbax", "optax", "grain", "torch")
@@ -49,3 +52,23 @@ def test_help_says_what_a_script_does_and_writes_nothing(path, monkeypatch, caps
         script.main()
     assert ended.value.code == 0
     assert " ".join(script.__doc__.split("\n")[0].split()) in " ".join(capsys.readouterr().out.split())
+
+
+def test_help_of_training_explains_every_setting(monkeypatch, capsys):
+    train = importlib.import_module("train")
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as ended:
+        train.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0 and "<class" not in text and "MSN_JAX_CACHE=off" in text
+    for section, kind in SECTIONS.items():
+        for field in dataclasses.fields(kind):
+            assert f"--{section}.{field.name}" in text and describe(field) in text, field.name
+    assert "noise.kind KIND ahead: tokens before it in its example" in text and "[ahead, random, none]" in text
+
+
+def test_help_of_the_benchmark_shows_what_a_method_may_be(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["spec_bench.py", "--help"])
+    with pytest.raises(SystemExit):
+        importlib.import_module("benchmarks.spec_bench").main()
+    assert "METHOD[:TREE][@BATCH]" in capsys.readouterr().out

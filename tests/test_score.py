@@ -1,4 +1,4 @@
-"""Likelihoods against torch's logits, and the judges of evals/tasks.py against cases by hand."""
+"""Likelihoods against torch's logits, and what evals/tasks.py reads in an answer, against cases by hand."""
 
 import importlib
 import sys
@@ -118,29 +118,6 @@ def test_the_harness_generates_greedily(harness, more):
     for wrong in ({"do_sample": True}, {"temperature": 0.7}, {"max_gen_toks": harness.lm.cfg.max_position}):
         with pytest.raises(InputError, match="greedy alone|max_gen_toks"):
             ask(wrong)
-
-
-@pytest.mark.parametrize(
-    ("source", "outcome"),
-    [
-        ("assert 1 + 1 == 2", "passed"),
-        ("assert 1 + 1 == 3", "failed"),
-        ("import sys; sys.exit(99)", "failed"),
-        ("import socket; socket.create_connection(('127.0.0.1', 9), 1)", "failed"),
-        ("x = bytearray(2 << 30)", "failed"),
-        ("open('f', 'w').write('a' * (2 << 20))", "failed"),
-        ("import os; assert not os.listdir() and not os.environ.get('HOME')", "passed"),
-    ],
-)
-def test_programs_run_apart(source, outcome):
-    assert tasks.run_program(source) == outcome
-
-
-def test_programs_that_do_not_end_are_stopped(monkeypatch):
-    monkeypatch.setattr(tasks, "_CONFINED", tasks._CONFINED.replace('("CPU", 5)', '("CPU", 1)'))
-    assert tasks.run_program("while True: pass") == "timed out"
-    monkeypatch.setattr(tasks, "PROGRAM_SECONDS", 0.2)
-    assert tasks.run_program("import time; time.sleep(60)") == "timed out"
 
 
 def test_answers_are_read_as_people_would():

@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.stages.loops import Loop, first_difference, first_gaps
 from benchmarks.stages.stage import Stage, compile_all
 from msn_jax import flash, load
-from msn_jax.decode.generate import encode
+from msn_jax.decode.prompts import encode
 from msn_jax.decode.verify import NEAR_TIE
 from msn_jax.linear import linear
 from msn_jax.model import causal_attention

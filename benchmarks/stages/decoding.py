@@ -16,7 +16,7 @@ from benchmarks.stages.stage import Stage, compile_all
 from benchmarks.stages.wide import WIDE
 from msn_jax import load
 from msn_jax.decode import TREE_SETS
-from msn_jax.decode.generate import encode
+from msn_jax.decode.prompts import encode
 from msn_jax.decode.verify import NEAR_TIE
 from msn_jax.questions import read_questions, spread
 

@@ -18,7 +18,7 @@ from benchmarks.stages.loops import Loop
 from benchmarks.stages.stage import Stage, compile_all
 from msn_jax import DecodeConfig, load
 from msn_jax.decode import TreeSet, init_state, loop
-from msn_jax.decode.generate import encode
+from msn_jax.decode.prompts import encode
 from msn_jax.decode.tree import JACOBI, chain
 from msn_jax.params import declare
 from msn_jax.shapes import SHAPES

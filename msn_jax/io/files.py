@@ -13,6 +13,8 @@ from etils import epath
 
 from msn_jax.errors import InputError, first_line
 
+TEMPORARY_SUFFIX = ".tmp"  # of a file that is being written
+
 
 def is_remote(path: str | os.PathLike) -> bool:
     """Whether the path is an address in an object store."""
@@ -33,7 +35,7 @@ def replace_file(path: epath.Path, content: bytes) -> None:
     if is_remote(path):
         path.write_bytes(content)
         return
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + TEMPORARY_SUFFIX)
     with temporary.open("wb") as f:
         f.write(content)
         f.flush()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import logging
 from pathlib import Path
 
 import jax
@@ -19,6 +20,9 @@ from msn_jax.io.files import download, is_hub_id, local_files
 from msn_jax.linear import activation_dtype
 from msn_jax.model_config import ModelConfig
 from msn_jax.params import DraftAdapter, Layer, Params, unstack, unstack_layers
+from msn_jax.sharding import check_mesh
+
+logger = logging.getLogger("msn_jax")
 
 ACCEPTED = (
     "a Hugging Face directory, a .gguf file, a run directory of train.py, a hub id (org/name), or smollm2-135m-instruct"
@@ -35,7 +39,7 @@ _HUB_FILES = [
 ]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class LM:
     """A loaded language model."""
 
@@ -45,6 +49,12 @@ class LM:
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]  # every id that ends a reply
     drafter: DraftAdapter | None = None  # predicts at noise positions; replies are those of `params` alone
+    mesh: Mesh | None = None  # that the weights are spread over; None: they lie on one device
+
+    def __repr__(self) -> str:
+        count = sum(p.size for p in jax.tree.leaves(self.params))
+        drafter = ", with a draft-only adapter" if self.drafter is not None else ""
+        return f"LM({self.name!r}: {count:,} parameters, {self.dtype} on {self.backend}{drafter})"
 
     @property
     def dtype(self):
@@ -77,22 +87,41 @@ def load(ckpt: str | Path, adapter: str | Path | None = None, dtype=jnp.float32,
     smollm2-135m-instruct. adapter: a directory that io.adapters.save_adapter or PEFT wrote, its .safetensors file, or a
     hub id; it is merged into the weights, or, where it is draft-only, kept beside them, as embeddings of marked noise
     are. An adapter of other weights than these is put on them with a warning.
-    dtype: float32 or bfloat16, of weights and computation. mesh: where to spread the weights (see sharding.py).
+    dtype: float32 or bfloat16, of weights and computation. mesh: of `make_mesh`, to spread weights and cache over.
     Raises InputError, one line that names what was found and what is accepted.
     """
-    if str(jnp.dtype(dtype)) not in ("float32", "bfloat16"):
-        raise InputError(f"dtype {jnp.dtype(dtype)} is not supported; accepted: float32, bfloat16")
+    if dtype not in ("float32", "bfloat16", jnp.float32, jnp.bfloat16):
+        raise InputError(f"dtype {dtype} is not supported; accepted: float32, bfloat16")
+    if mesh is not None:
+        check_mesh(mesh)
     lm = _load_run(str(ckpt), dtype, mesh) if run_dir.is_run(ckpt) else _load_opened(str(ckpt), dtype, mesh)
-    if adapter is None:
-        return lm
-    found = find_adapter(adapter)
-    weights = load_adapter(found, lm.cfg)
-    check_base(found, lm.params, lm.name)
-    return _adapted(lm, weights)
+    if adapter is not None:
+        found = find_adapter(adapter)
+        weights = load_adapter(found, lm.cfg)
+        check_base(found, lm.params, lm.name)
+        lm = _adapted(lm, weights)
+    _check_finite(lm)
+    return dataclasses.replace(lm, mesh=mesh)
+
+
+def _check_finite(lm: LM) -> None:
+    """Raise InputError for weights with NaN or infinity, of which no token can be chosen."""
+    named = jax.tree_util.tree_flatten_with_path(lm.params)[0]
+    if not lm.cfg.tie_embeddings:  # rows of tokens that never come may hold anything
+        named = [(path, w) for path, w in named if w is not lm.params.embed]
+    for (path, _), finite in zip(named, jax.device_get([_all_finite(w) for _, w in named]), strict=True):
+        if not finite:
+            raise InputError(f"{lm.name}: the weights {jax.tree_util.keystr(path)[1:]} hold NaN or infinity")
+
+
+@jax.jit
+def _all_finite(w: jax.Array) -> jax.Array:
+    return jnp.isfinite(w).all()
 
 
 def _load_opened(ckpt: str, dtype, mesh: Mesh | None) -> LM:
     opened = open_checkpoint(ckpt)
+    logger.info("loading %s", ckpt)
     params = hf.load_params(opened.cfg, opened.source, dtype, mesh)
     return LM(ckpt, opened.cfg, params, opened.tokenizer, opened.stop_ids)
 
@@ -112,6 +141,7 @@ def _load_run(folder: str, dtype, mesh: Mesh | None) -> LM:
             ) from None
         return dataclasses.replace(_adapted(base, restored(base.cfg)), name=folder, tokenizer=tok, stop_ids=stop_ids)
     cfg = hf.read_config(files)
+    logger.info("loading %s", folder)
     stacked, marks = restored(cfg), None
     if isinstance(stacked, Marked):
         stacked, marks = stacked.weights, DraftAdapter(None, stacked.noise_embed)
@@ -123,7 +153,7 @@ def _adapted(lm: LM, adapter: Layer | DraftAdapter | Marked) -> LM:
     match adapter:
         case DraftAdapter(layers, noise_embed):
             drafter = DraftAdapter(layers and unstack(layers), noise_embed)
-            return dataclasses.replace(lm, drafter=jax.tree.map(lambda a: a.astype(lm.dtype), drafter))
+            return dataclasses.replace(lm, drafter=jax.tree.map(lambda a: jnp.asarray(a, lm.dtype), drafter))
         case Marked(layers, noise_embed):
             return _adapted(_adapted(lm, layers), DraftAdapter(None, noise_embed))
     return dataclasses.replace(lm, params=merge(lm.params, unstack(adapter)))

@@ -23,6 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
@@ -33,11 +34,12 @@ from transformers import PreTrainedTokenizerBase
 
 from msn_jax.config import RunConfig
 from msn_jax.errors import InputError, first_line
-from msn_jax.io.files import first_cause, is_remote, replace_file, writing
+from msn_jax.io.files import TEMPORARY_SUFFIX, first_cause, is_remote, replace_file, writing
 from msn_jax.io.tokenizer import save_tokenizer
 
 _COMMITTED = "commit_success.txt"  # orbax writes it last
 _FILES = "files.json"  # what `_check_files` compares, written after that: for a damaged file orbax prints pages
+_LOCK = ".lock"  # held by the process that trains
 _TEMPORARY = ".orbax-checkpoint-tmp"  # in the name of a directory that orbax is still writing
 # Not signs of a damaged file: too little memory, no permission, a store that does not answer.
 _NO_FAULT_OF_THE_FILE = (MemoryError, PermissionError, TimeoutError, jax.errors.JaxRuntimeError)
@@ -65,6 +67,57 @@ def has_begun(path: str | os.PathLike) -> bool:
     return is_run(path) and any(_TEMPORARY not in entry.name for entry in epath.Path(path).glob("checkpoints/*"))
 
 
+def check_out(directory: str | os.PathLike, ckpt: str | None) -> None:
+    """Raise InputError for a train.out whose files a new run would overwrite: it has some, and they are no run's.
+
+    ckpt: what the run starts from.
+    """
+    folder = epath.Path(directory)
+    accepted = "accepted: a new or empty directory, or that of a run"
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise InputError(f"train.out {directory}: a file; {accepted}")
+    if ckpt is not None and Path(ckpt).exists() and os.path.realpath(ckpt) == os.path.realpath(directory):
+        raise InputError(f"train.out {directory}: is also model.ckpt; {accepted}")
+    # What a first start that was cut off leaves: `write_run_files` begins with config.yaml.
+    others = sorted(e.name for e in folder.iterdir() if e.name != _LOCK and not e.name.endswith(TEMPORARY_SUFFIX))
+    if not others:
+        return
+    try:
+        read_config(directory)
+    except InputError as e:
+        raise InputError(f"train.out {directory}: other files are in it ({', '.join(others[:3])}); {accepted}") from e
+
+
+@contextlib.contextmanager
+def held(directory: str | os.PathLike):
+    """Keep a local run directory to this run, made where it is missing; one process of a run holds it.
+
+    Raises InputError where another run has it, or it cannot be written.
+    """
+    if is_remote(directory) or jax.process_index() > 0:
+        yield
+        return
+    with writing(epath.Path(directory)):
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(Path(directory) / _LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except filelock.Timeout as e:
+            raise InputError(f"train.out {directory}: another process is training there") from e
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def kept(directory: str | os.PathLike) -> str:
+    """In words, where a run stands that cannot go on: its last checkpoint."""
+    steps = _steps(_absolute(directory) / "checkpoints")
+    return f"the last checkpoint is step {steps[-1]} of {directory}" if steps else "no checkpoint was written before it"
+
+
 def write_run_files(
     directory: str | os.PathLike, config_yaml: str, hf_config: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -76,10 +129,11 @@ def write_run_files(
     with tempfile.TemporaryDirectory() as scratch, writing(folder):
         save_tokenizer(tokenizer, Path(scratch))
         folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / "config.yaml", config_yaml.encode())  # first: the mark of a run, see `check_out`
         for file in sorted(Path(scratch).iterdir()):
             replace_file(folder / file.name, file.read_bytes())
+        # Last: `is_run` means that the others are there.
         replace_file(folder / "config.json", json.dumps(hf_config, indent=2).encode() + b"\n")
-        replace_file(folder / "config.yaml", config_yaml.encode())  # last: `is_run` means that the others are there
 
 
 def with_absolute_base(run: RunConfig) -> RunConfig:

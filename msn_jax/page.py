@@ -1,8 +1,7 @@
-"""What people look at: a page that shows what each pass of a generation accepted, a plot of a training run."""
+"""The page of decode.py --html: what each pass of a generation accepted, and where its tokens came from."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 from dataclasses import dataclass
@@ -10,9 +9,14 @@ from html import escape
 from itertools import accumulate
 from pathlib import Path
 from string import Template
+from typing import Any, NamedTuple
 
-from msn_jax.errors import InputError
-from msn_jax.io.files import is_remote
+import numpy as np
+
+from msn_jax.decode.generate import Result
+from msn_jax.decode.sources.retrieval import retrieve
+from msn_jax.io.loading import LM
+from msn_jax.io.tokenizer import TextStream
 
 # Colour stops for 1..max tokens. Lightness changes steadily along each ramp, so it reads without colour
 # vision, and stays on one side of the text colour, so every level keeps a contrast of at least 4.5.
@@ -21,13 +25,29 @@ DARK = ("262b3a", "28487a", "1b6585", "147667")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 840, 190, 46, 76, 12, 42  # of a plot and its margins
 
 
+OWN, RETRIEVED, PREDICTED = "own", "retrieved", "predicted"  # where a token came from
+ORIGINS = {
+    OWN: "the model's own next token: each pass ends with one",
+    RETRIEVED: "drafted from the text so far, and accepted",
+    PREDICTED: "drafted by a prediction of the model's, and accepted",
+}
+
+
+class Piece(NamedTuple):
+    """A token as it reads, and where it came from: OWN, RETRIEVED or PREDICTED."""
+
+    text: str
+    origin: str = OWN
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One generation. Pass i emitted `accepted[i]` tokens, which read `pieces[i]`."""
+    """One generation. Pass i emitted `accepted[i]` tokens, which are `pieces[i]`."""
 
     method: str
-    pieces: list[str]
+    pieces: list[list[Piece]]
     accepted: list[int]
+    offered: list[str]  # by pass: the draft from the text that stood at the place of its last token, and was not it
     seconds: float  # without compilation
     tokens: int
     identical: bool | None  # to the tokens of plain decoding; None: not compared
@@ -35,6 +55,8 @@ class Run:
     def __post_init__(self):
         if len(self.pieces) != len(self.accepted):
             raise ValueError(f"{len(self.pieces)} pieces of text for {len(self.accepted)} passes")
+        if [len(piece) for piece in self.pieces] != self.accepted or len(self.offered) != len(self.accepted):
+            raise ValueError("each token of a pass is a piece of text")
         if self.tokens != sum(self.accepted):
             raise ValueError(f"{self.tokens} tokens, but the passes accepted {sum(self.accepted)}")
 
@@ -44,9 +66,43 @@ class Run:
         return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
 
-def write_html(path, title: str, prompt: str, runs: list[Run]) -> None:
+def run_of(lm: LM, prompt: list[int], result: Result, plain: Result | None = None) -> Run:
+    """What the page shows of a result. prompt: its ids; plain: the result of `ar`, to compare with.
+
+    A draft that retrieval offers too counts as retrieved; the last token of a pass is the model's own.
+    """
+    stream, pieces, offered, at = TextStream(lm.tokenizer, after=prompt), [], [], 0
+    found = _retrieved(prompt, result)
+    for row, count in zip(found, result.accepted, strict=True):
+        new = result.tokens[at : at + count]
+        drafted = [RETRIEVED if row[: i + 1] == new[: i + 1] else PREDICTED for i in range(count - 1)]
+        pieces.append([Piece(stream.add([token]), origin) for token, origin in zip(new, [*drafted, OWN], strict=True)])
+        missed = row[count - 1] if row[: count - 1] == new[: count - 1] and result.method != "ar" else -1
+        offered.append(lm.tokenizer.decode([missed]) if missed not in (-1, new[-1]) else "")
+        at += count
+    pieces[-1][-1] = Piece(pieces[-1][-1].text + stream.flush(), OWN)
+    return Run(
+        method=result.method,
+        pieces=pieces,
+        offered=offered,
+        accepted=result.accepted,
+        seconds=result.seconds,
+        tokens=len(result.tokens),
+        identical=None if plain is None or plain is result else result.tokens == plain.tokens,
+    )
+
+
+def _retrieved(prompt: list[int], result: Result) -> list[list[int]]:
+    """By pass: the continuation that retrieval had for the text before it, as long as the longest pass."""
+    text = np.array([*prompt, *result.tokens], np.int32)
+    last = len(prompt) - 1 + np.array([0, *accumulate(result.accepted)][:-1], np.int32)
+    return retrieve(np.broadcast_to(text, (len(last), len(text))), last, max(result.accepted))[0].tolist()
+
+
+def write_html(path, title: str, prompt: str, runs: list[Run], settings: dict[str, Any]) -> None:
     """Write the page to `path` in one step: a reader sees the old file or the whole new one.
 
+    settings: what the page says of how it was made, by name.
     All runs share the colour scale and the axes. Ratios are to the first run whose method is `ar`.
     """
     top = max([1, *(n for run in runs for n in run.accepted)])
@@ -56,6 +112,7 @@ def write_html(path, title: str, prompt: str, runs: list[Run]) -> None:
         title=escape(title),
         light=_levels(LIGHT, top),
         dark=_levels(DARK, top),
+        settings=" · ".join(escape(f"{name} {value}") for name, value in settings.items()),
         rows="\n".join(_row(run, plain) for run in runs),
         prompt=_text(prompt),
         runs="\n".join(_section(i, run, top, longest) for i, run in enumerate(runs)),
@@ -100,14 +157,30 @@ def _row(run: Run, plain: float) -> str:
 
 def _section(index: int, run: Run, top: int, longest: int) -> str:
     keys = "".join(f'<span class="a{n}">{n}</span>' for n in range(1, top + 1))
-    pieces = "".join(
-        f'<span id="r{index}p{i}" class="a{n}" title="{_count(i, n)}">{_text(piece)}</span>'
-        for i, (piece, n) in enumerate(zip(run.pieces, run.accepted, strict=True))
-    )
-    body = f'<div class="text">{pieces}</div>' if any(run.pieces) else '<p class="none">No text.</p>'
+    passes = "".join(_pass(index, i, run) for i in range(len(run.accepted)))
+    some = any(piece.text for pieces in run.pieces for piece in pieces)
+    body = f'<div class="text">{passes}</div>' if some else '<p class="none">No text.</p>'
     plot = _plot(index, run, top, longest) if run.tokens else ""
-    return f"""<section><div class="head"><h2>{escape(run.method)}</h2>
-<div class="key">tokens accepted in one pass <span>{keys}</span></div></div>\n{body}\n{plot}</section>"""
+    drafted = [piece.origin for pieces in run.pieces for piece in pieces]
+    origins = " ".join(
+        f'<span title="{about}"><u class="{name}">{name}</u> {drafted.count(name)}</span>'
+        for name, about in ORIGINS.items()
+        if name in drafted
+    )
+    head = f"""<h2>{escape(run.method)}</h2>
+<div class="key">tokens accepted in one pass <span>{keys}</span></div>"""
+    inner = f'{body}\n<p class="origins key">{origins}</p>\n{plot}'
+    if run.method == "ar":  # the same text without a draft: there for whom it interests
+        return f'<section><details><summary class="head">{head}</summary>\n{inner}</details></section>'
+    return f'<section><div class="head">{head}</div>\n{inner}</section>'
+
+
+def _pass(index: int, i: int, run: Run) -> str:
+    """The text of one pass, a token in a mark of where it came from."""
+    n, offered = run.accepted[i], run.offered[i]
+    title = _count(i, n) + (f"; the text offered {offered!r} for the last, which was rejected" if offered else "")
+    tokens = "".join(f'<u class="{p.origin}">{_text(p.text)}</u>' for p in run.pieces[i])
+    return f'<span id="r{index}p{i}" class="a{n}{" missed" if offered else ""}" title="{escape(title)}">{tokens}</span>'
 
 
 def _step(span: int, count: int) -> int:
@@ -180,7 +253,11 @@ thead th{font-size:13px;font-weight:400!important;color:var(--soft);vertical-ali
  font:14px/1.8 ui-monospace,Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere}
 .prompt{max-height:320px;overflow:auto}
 .text span{padding:2px 0;background:var(--c);box-shadow:inset 1px 0 var(--edge);print-color-adjust:exact}
-.text span:empty{padding:2px}.text span:target{outline:2px solid var(--mean)}
+.text span:not(:has(u:not(:empty))){padding:2px}.text span:target{outline:2px solid var(--mean)}
+u{text-decoration:none}u.retrieved{border-bottom:2px solid var(--ink)}u.predicted{border-bottom:2px dotted var(--ink)}
+.origins span{margin-right:20px}.missed{border-right:2px solid var(--mean)}
+summary{cursor:pointer}summary h2::before{content:"▸ "}details[open] summary h2::before{content:"▾ "}
+.settings{margin:-16px 0 24px;color:var(--soft);font-size:13px;overflow-wrap:anywhere}
 .text i::before{content:"↵";font-style:normal;opacity:.4}
 svg{display:block;width:100%;min-width:600px;margin-top:14px;font-size:12px}
 svg text{fill:var(--soft)}.bar{fill:var(--c,none)}.bar:hover{fill:var(--mean)}
@@ -189,6 +266,7 @@ svg text{fill:var(--soft)}.bar{fill:var(--c,none)}.bar:hover{fill:var(--mean)}
 .mean{stroke:var(--mean);stroke-width:2;stroke-linejoin:round}.halo{stroke:var(--page);stroke-width:5}
 svg .meantext{fill:var(--mean)}
 </style></head><body><h1>$title</h1>
+<p class="settings">$settings</p>
 <div class="table"><table><thead><tr><th scope="col">method</th><th scope="col">tokens</th>
 <th scope="col">forward passes</th><th scope="col">mean accepted (MAT)</th>
 <th scope="col">tokens/s</th><th scope="col">speed vs ar</th><th scope="col">tokens identical to ar</th></tr>
@@ -197,54 +275,9 @@ $rows
 </tbody></table></div>
 <section><h2>Prompt</h2><div class="text prompt">$prompt</div></section>
 $runs
+<p class="key">Each colour is a pass: its last token is the model's own, those before it were drafts. Solid line:
+drafted from the text so far; dotted: from a prediction of the model's. A red edge: the text offered another token
+there, which was not the model's; where the tree of the pass had room for it, that draft was rejected. Point at a pass
+to read it.</p>
 </body></html>
 """)
-
-
-def check_plot(path: str) -> None:
-    """Raises InputError, before any work, where `plot_metrics` could not write to `path`."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("--plot needs matplotlib; pip install 'msn-jax[plots]'")
-    if is_remote(path):
-        raise InputError(f"--plot cannot write {path}; accepted with it: a local train.out")
-
-
-def plot_metrics(lines: list[dict], path: str | os.PathLike) -> None:
-    """Write a PNG of a run's metrics.jsonl: loss, and top-1 accuracy by noise depth, over the steps.
-
-    lines: objects with `step` and what train.py writes. Needs the `plots` extra, see `check_plot`.
-    """
-    from matplotlib.figure import Figure  # not pyplot: no display is needed, and no global state is left
-
-    def series(name: str) -> tuple[list[int], list[float]]:
-        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-        return [step for step, _ in points], [value for _, value in points]
-
-    window = max(1, len(lines) // 20)
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name, label in (("loss_clean", "clean positions"), ("loss_noisy", "noise positions")):
-        steps, values = series(name)
-        if steps:
-            left.plot(steps, _smooth(values, window), label=label)
-    steps, values = series("eval_loss")
-    if steps:
-        left.plot(steps, values, "k.", label="held out, clean text")
-    left.set(xlabel="step", ylabel="loss (nats a token)", title="Loss")
-    depths = sorted({int(key[10:]) for line in lines for key in line if key.startswith("top1_depth")})
-    for depth in depths:
-        steps, values = series(f"top1_depth{depth}")
-        shade = 0.25 + 0.65 * (depth - 1) / max(len(depths) - 1, 1)
-        right.plot(steps, _smooth(values, window), color=(shade, shade, 0.9 - 0.5 * shade), label=f"depth {depth}")
-    right.set(xlabel="step", ylabel="top-1 accuracy", title=f"Accuracy by noise depth (mean of {window} steps)")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
-
-
-def _smooth(values: list[float], window: int) -> list[float]:
-    """The mean of each value and up to window - 1 before it."""
-    sums = [0.0, *accumulate(values)]
-    return [(sums[i] - sums[max(0, i - window)]) / min(i, window) for i in range(1, len(sums))]
