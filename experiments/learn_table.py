@@ -14,8 +14,9 @@ import numpy as np
 
 from experiments.statistics import by_question, mat_interval, mat_ratio
 from experiments.tables import interval, table
-from msn_jax.errors import InputError, run_command
+from msn_jax.errors import InputError
 from msn_jax.records import kept_rows
+from msn_jax.terminal import run_command
 
 
 def learnt_table(records: list[dict], base: str) -> str:
