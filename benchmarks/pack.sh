@@ -11,7 +11,7 @@ rm -rf pack && mkdir -p pack/wheels
 "$PYTHON" -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
   --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_24_x86_64 \
   --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d pack/wheels \
-  array-record datasets dill gguf grain httpcore2 httpx2 jsonargparse multiprocess portpicker tensorboardX truststore
+  array-record cloudpickle datasets dill gguf grain httpcore2 httpx2 jsonargparse multiprocess portpicker tensorboardX truststore
 weights=$("$PYTHON" - <<'P'
 from msn_jax.io.loading import resolve
 print(resolve("smollm2-135m-instruct"))
