@@ -38,6 +38,7 @@ def decode_figures(answers: list[dict]) -> dict[str, dict]:
         figures[name] = {
             "tokens_per_s": round(rate(rows), 1),
             "ratio_to_ar": round(rate(rows) / rate(by_method["ar"]), 3),
+            "ms_a_pass": round(1e3 * sum(r["seconds"] for r in rows) / max(1, sum(r["forwards"] for r in rows)), 3),
             "mat": round(mat(rows), 3),
             "mat_no_loops": round(mat([r for r in rows if r["rep4_frac"] < LOOPS]), 3),
             "outputs": len(rows),
@@ -90,6 +91,26 @@ def section(folder: Path) -> list[str]:
         if not stage["complete"]:
             reasons = sorted({left["reason"] for left in stage["left_out"]}) or ["cut off"]
             lines += ["", f"Not all of this was measured: {'; '.join(reasons)}."]
+    return lines + lines_of(folder / "lines.jsonl")
+
+
+def lines_of(file: Path) -> list[str]:
+    """The closing JSON lines of step_cost.py and train_bench.py that stand in a folder's lines.jsonl."""
+    if not file.exists():
+        return []
+    lines = ["", "### From step_cost.py and train_bench.py"]
+    for figures in map(json.loads, file.read_text().splitlines()):
+        lines += ["", f"`{figures['command']}` at {figures['commit']}:"]
+        if "nodes" in figures:
+            cells = [[n, f"{row['ms']:.2f}", f"{row['ratio_to_first']:.2f}"] for n, row in figures["nodes"].items()]
+            lines += table(["nodes", "ms a pass", "to the first"], cells)
+        else:
+            mfu = f", {figures['mfu']:.1%} of the device's peak" if figures["mfu"] else ""
+            lines += [
+                f"{figures['parameters'] / 1e6:.0f} million parameters, remat {figures['remat']}: "
+                f"{figures['tokens_per_s']:.0f} tokens/s{mfu}, {figures['matmul_rate_frac']:.0%} of the rate of a large "
+                f"product, {figures['peak_bytes'] / 2**30:.1f} GiB at most, compiled in {figures['compile_s']:.0f} s."
+            ]
     return lines
 
 
@@ -150,24 +171,28 @@ def graphs_lines(stage: dict, stages: dict) -> list[str]:
 
 def decode_lines(stage: dict, _) -> list[str]:
     lines = ["### Decoding"]
-    for run in stage["rows"]:
-        if "answers" not in run:
-            continue
-        flags = stage["machine"]["xla_flags"]
-        figures = decode_figures(run["answers"])
-        outputs = figures["ar"]["outputs"]
-        lines += [
-            "",
-            f"{run['asked']} questions of `{run['what']['questions']}` ({outputs} answers, up to "
-            f"{run['max_new_tokens']} tokens), {run['what']['dtype']}, batch 1" + (f", `{flags}`." if flags else "."),
-        ]
-        head = ["method", "nodes", "tokens/s", "to ar", "tokens a pass", "without loops", "identical", "near ties"]
-        cells = [
-            [shown(name), run["nodes"][name], f["tokens_per_s"], f"{f['ratio_to_ar']:.2f}", f"{f['mat']:.2f}",
-             f"{f['mat_no_loops']:.2f}", f"{f['identical']} of {f['outputs']}", f["near_tie"]]
-            for name, f in figures.items()
-        ]  # fmt: skip
-        lines += table(head, cells)
+    answers = [answer for row in stage["rows"] for answer in row.get("answers", [])]
+    programs = next((row for row in stage["rows"] if row["what"] == {"what": "programs"}), None)
+    if not answers or programs is None:
+        return [*lines, "", "No question was answered in the time."]
+    flags, figures = stage["machine"]["xla_flags"], decode_figures(answers)
+    asked = [row["what"] for row in stage["rows"] if "answers" in row]
+    lines += [
+        "",
+        f"{len(asked)} questions of `{asked[0]['questions']}` ({figures['ar']['outputs']} answers, up to "
+        f"{programs['max_new_tokens']} tokens), {asked[0]['dtype']}, batch 1" + (f", `{flags}`." if flags else "."),
+    ]
+    head = ["method", "nodes", "tokens/s", "to ar", "ms a pass", "tokens a pass", "without loops", "identical"]
+    cells = [
+        [shown(name), programs["nodes"][name], f["tokens_per_s"], f"{f['ratio_to_ar']:.2f}", f"{f['ms_a_pass']:.2f}",
+         f"{f['mat']:.2f}", f"{f['mat_no_loops']:.2f}", f"{f['identical']} of {f['outputs']}"]
+        for name, f in figures.items()
+    ]  # fmt: skip
+    lines += table(head, cells)
+    for row in stage["rows"]:
+        if row["what"] == {"what": "compiled loop"}:
+            talks = {name: count for name, count in row["counts"].items() if name not in ("while(", "conditional(")}
+            lines += ["", f"Exchanges with the host in the compiled loop of {row['method']}: {sum(talks.values())}."]
     return lines
 
 
@@ -202,8 +227,8 @@ def summary(folder: Path) -> dict:
     stages = read(folder)
     out = {"folder": folder.name}
     if "decode" in stages:
-        runs = [row for row in stages["decode"]["rows"] if "answers" in row]
-        out["methods"] = {name: f for run in runs for name, f in decode_figures(run["answers"]).items()}
+        answers = [answer for row in stages["decode"]["rows"] for answer in row.get("answers", [])]
+        out["methods"] = decode_figures(answers) if answers else {}
     if "passes" in stages:
         out["passes_ms"] = {
             " ".join(str(v) for v in row["what"].values()): round(row["ms"], 3)

@@ -7,7 +7,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
 PART_BYTES=${PART_BYTES:-34000000}
-rm -rf pack && mkdir -p pack/wheels
+mkdir -p pack && find pack -mindepth 1 -maxdepth 1 ! -name 'compiled.tgz.*' -exec rm -rf {} +  # kept: what was compiled there
+mkdir -p pack/wheels
 "$PYTHON" -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
   --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_24_x86_64 \
   --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d pack/wheels \
@@ -36,8 +37,11 @@ set -- --ckpt /tmp/smollm2.gguf --adapter adapters/smollm2-135m-msn --out "$out/
 [ -f pack/questions.jsonl ] && set -- "$@" --questions pack/questions.jsonl
 data=$(find pack/data -type f 2>/dev/null | sort | tr '\n' ' ')
 [ -n "$data" ] && set -- "$@" --prompts "$data"
+mkdir -p "$out/figures" && cat pack/compiled.tgz.* 2>/dev/null | tar -xzf - -C "$out/figures" 2>/dev/null || true
 code=0
 python3 benchmarks/accelerator.py "$@" 2>&1 | tee "$out/log.txt" || code=$?
+# What was compiled comes back in parts of its own: packed again, it spares the next run most of its compiling.
+tar -czf - -C "$out/figures" compiled 2>/dev/null | split -b 15000000 -d -a 1 - "$out/compiled.tgz." || true
 rm -rf "$out/figures/compiled"
 tar -czf "$out/figures.tar.gz" -C "$out" figures && rm -rf "$out/figures"
 exit $code

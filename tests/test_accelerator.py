@@ -78,13 +78,16 @@ def test_passes_keep_a_floor_and_answers(tmp_path, args):
 def test_decode_keeps_answers_of_every_method(tmp_path, args):
     stage = Stage("decode", tmp_path, 600, small=True)
     decoding.run(stage, args)
-    run, loop = kept(stage)
-    figures = accelerator_report.decode_figures(run["answers"])
+    programs, *asked, loop = kept(stage)
+    assert [row["what"]["question_id"] for row in asked] == [0, 1, 2]
+    figures = accelerator_report.decode_figures([answer for row in asked for answer in row["answers"]])
     assert figures["ar"]["ratio_to_ar"] == figures["ar"]["mat"] == 1.0
-    assert figures.keys() == run["nodes"].keys() >= {"ar", "tr-jacobi:msn69"}
-    assert all(f["identical"] + f["near_tie"] + f["different"] == run["asked"] == 3 for f in figures.values())
-    assert json.loads(loop["counts"])["outfeed"] == 0
+    assert figures.keys() == programs["nodes"].keys() >= {"ar", "tr-jacobi:mix64", "tr-jacobi:msn69"}
+    assert all(f["identical"] + f["near_tie"] + f["different"] == 3 for f in figures.values())
+    assert loop["counts"]["outfeed"] == 0 and programs["errors"] == {}
     assert (tmp_path / "trace").is_dir() and "while(" in (tmp_path / "loop.hlo.txt").read_text()
+    page = "\n".join(accelerator_report.section(tmp_path))
+    assert "3 questions of `golden_ar.json` (3 answers, up to 16 tokens), bfloat16, batch 1" in page
 
 
 def test_train_keeps_steps(tmp_path, args):
@@ -99,6 +102,7 @@ def test_train_keeps_steps(tmp_path, args):
 def test_learn_keeps_what_its_script_wrote(tmp_path, args, monkeypatch):
     script = tmp_path / "experiments" / "learn.py"
     script.parent.mkdir()
+    (script.parent / "__init__.py").touch()
     script.write_text(
         "import json, pathlib, sys\n"
         "given = lambda name: pathlib.Path(sys.argv[sys.argv.index(name) + 1])\n"
