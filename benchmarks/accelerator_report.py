@@ -108,8 +108,9 @@ def lines_of(file: Path) -> list[str]:
             mfu = f", {figures['mfu']:.1%} of the device's peak" if figures["mfu"] else ""
             lines += [
                 f"{figures['parameters'] / 1e6:.0f} million parameters, remat {figures['remat']}: "
-                f"{figures['tokens_per_s']:.0f} tokens/s{mfu}, {figures['matmul_rate_frac']:.0%} of the rate of a large "
-                f"product, {figures['peak_bytes'] / 2**30:.1f} GiB at most, compiled in {figures['compile_s']:.0f} s."
+                f"{figures['tokens_per_s']:.0f} tokens/s{mfu}, {figures['matmul_rate_frac']:.0%} of the rate of a "
+                f"large product, {figures['peak_bytes'] / 2**30:.1f} GiB at most, compiled in "
+                f"{figures['compile_s']:.0f} s."
             ]
     return lines
 
