@@ -34,7 +34,7 @@ from msn_jax.adapters import Marked, merge
 from msn_jax.config import SECTIONS, LoraConfig, RunConfig
 from msn_jax.errors import InputError
 from msn_jax.io import export, hf, run_dir
-from msn_jax.io.adapters import norms_digest, save_adapter, stored_norms
+from msn_jax.io.adapters import save_adapter, stored_fingerprint
 from msn_jax.io.files import local_files
 from msn_jax.io.loading import open_checkpoint
 from msn_jax.io.metrics import read_metrics
@@ -265,8 +265,8 @@ def finish(setting: Setting, state: train_step.TrainState, flags) -> None:
         beside = state.params if run.lora.rank else marks
         beside = jax.tree.map(lambda a: multihost_utils.process_allgather(a, tiled=True), beside)
         if jax.process_index() == 0:
-            norms = norms_digest(stored_norms(setting.cfg, setting.source)) if setting.source else None
-            save_adapter(f"{run.train.out}/adapter", beside, run.lora, run.model.ckpt, norms)
+            base = stored_fingerprint(setting.cfg, setting.source) if setting.source else None
+            save_adapter(f"{run.train.out}/adapter", beside, run.lora, run.model.ckpt, base)
     if jax.process_index() > 0:
         return
     lines = read_metrics(run.train.out)

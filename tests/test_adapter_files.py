@@ -15,7 +15,7 @@ from msn_jax import InputError, generate, load
 from msn_jax.adapters import init_adapter
 from msn_jax.config import LoraConfig
 from msn_jax.io import hf
-from msn_jax.io.adapters import CONFIG, load_adapter, norms_digest, save_adapter, stored_norms
+from msn_jax.io.adapters import CONFIG, check_base, find_adapter, load_adapter, save_adapter, stored_fingerprint
 from msn_jax.io.loading import open_checkpoint
 
 MODULES = [f"self_attn.{m}_proj" for m in "qkvo"] + [f"mlp.{m}_proj" for m in ("gate", "up", "down")]
@@ -177,26 +177,28 @@ def test_an_adapter_on_other_weights_is_warned_of(smollm2, tmp_path, capsys):
     lora = LoraConfig(rank=2, targets=["o"])
     adapter = init_adapter(jax.random.key(0), smollm2.cfg, lora)
     opened = open_checkpoint("smollm2-135m-instruct")
-    digest = norms_digest(stored_norms(opened.cfg, opened.source))
-    save_adapter(tmp_path / "mine", adapter, lora, "smollm2-135m-instruct", digest)
-    save_adapter(tmp_path / "other", adapter, lora, "other-135m", digest[::-1])
-    save_adapter(tmp_path / "unsaid", adapter, lora, "other-135m")
-    for dtype in ("float32", "bfloat16"):
-        load("smollm2-135m-instruct", tmp_path / "mine", dtype)
-    load("smollm2-135m-instruct", tmp_path / "unsaid", "bfloat16")
-    assert capsys.readouterr().err == ""
-    load("smollm2-135m-instruct", tmp_path / "other", "bfloat16")
-    assert "other was trained on other-135m; smollm2-135m-instruct has other weights" in capsys.readouterr().err
-    wider = dataclasses.replace(smollm2.cfg, embed=640)
+    mine = stored_fingerprint(opened.cfg, opened.source)
+    noise = np.random.default_rng(0).normal(size=64) * 0.05 * np.std(mine["base_sample"])
+    variants = {
+        "mine": mine,
+        "quantised": mine | {"base_sample": (np.array(mine["base_sample"]) + noise).tolist()},
+        "tuned": mine | {"base_norms": mine["base_norms"][::-1]},
+        "other": mine | {"base_sample": mine["base_sample"][::-1]},
+        "untied": mine | {"base_sample": mine["base_sample"] * 2},
+        "unsaid": None,
+    }
+    for name, trained_on in variants.items():
+        save_adapter(tmp_path / name, adapter, lora, "other-135m", trained_on)
+        for params in (smollm2.params, jax.tree.map(lambda a: a.astype("bfloat16"), smollm2.params)):
+            check_base(find_adapter(tmp_path / name), params, "this")
+        warned = f"{name} was trained on other-135m; this has other weights" in capsys.readouterr().err
+        assert warned == (name in ("tuned", "other", "untied"))
+    wider = dataclasses.replace(smollm2.cfg, embed=640, heads=10, kv_heads=5)
     with pytest.raises(InputError, match=r"o.a has the shape .* asks for .*; it was trained on other-135m"):
-        load_adapter(tmp_path / "other", dataclasses.replace(wider, heads=10, kv_heads=5))
+        load_adapter(tmp_path / "other", wider)
 
 
 def test_the_shipped_adapter_knows_its_base(capsys):
-    shipped = GOLDENS.parent.parent / "adapters/smollm2-135m-msn"
-    lm = load("smollm2-135m-instruct", shipped, "bfloat16")
+    lm = load("smollm2-135m-instruct", GOLDENS.parent.parent / "adapters/smollm2-135m-msn", "bfloat16")
     assert lm.drafter is not None and capsys.readouterr().err == ""
-    assert json.loads((shipped / CONFIG).read_text())["base_norms"] == norms_digest(
-        [lm.params.final_norm, *(n for layer in lm.params.layers for n in (layer.attn_norm, layer.mlp_norm))]
-    )
     assert len(generate(lm, ["hi"], max_new_tokens=2)[0].tokens) == 2

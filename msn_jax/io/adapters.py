@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from msn_jax.config import LINEAR_MAPS, LoraConfig
 from msn_jax.errors import InputError, warn
 from msn_jax.io import peft
 from msn_jax.io.files import download, is_hub_id
-from msn_jax.io.hf import TensorSource, read_json
+from msn_jax.io.hf import EMBED, HEAD, TensorSource, layer_names, read_json
 from msn_jax.linear import LowRank
 from msn_jax.model_config import ModelConfig
 from msn_jax.params import ArraySpec, DraftAdapter, Layer, Params
@@ -36,11 +37,11 @@ def save_adapter(
     adapter: Layer | DraftAdapter | Marked,
     lora: LoraConfig,
     base: str,
-    base_norms: str | None = None,
+    trained_on: dict[str, Any] | None = None,
 ) -> None:
     """Write a stacked adapter, or embeddings of noise alone (a DraftAdapter without layers), in lora.stored_dtype.
 
-    base: the checkpoint that it was trained on. base_norms: what `norms_digest` says of that.
+    base: the checkpoint that it was trained on. trained_on: the `fingerprint` of that.
     """
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +57,7 @@ def save_adapter(
     if noise_embed is not None:
         tensors["noise_embed"] = noise_embed.astype(np.float32 if lora.stored_dtype == "float32" else np.float16)
     (folder / WEIGHTS).write_bytes(save(tensors))
-    settings = {"base": base} | ({"base_norms": base_norms} if base_norms else {}) | dataclasses.asdict(lora)
+    settings = {"base": base} | (trained_on or {}) | dataclasses.asdict(lora)
     (folder / CONFIG).write_text(json.dumps(settings, indent=1) + "\n")
 
 
@@ -93,30 +94,42 @@ def find_adapter(adapter: str | Path) -> Path:
     return path
 
 
-def norms_digest(norms: Iterable[np.ndarray]) -> str:
-    """A name for a model's weights by its norms, which are the same in a quantised file of it: sha256 in hex.
+def fingerprint(norms: Iterable[np.ndarray], matrices: Iterable[np.ndarray]) -> dict[str, Any]:
+    """What an adapter notes of the weights that it was trained on.
 
-    norms: the final one and, layer by layer, those before attention and before the MLP; rounded to bfloat16, so that
-    it does not matter in which dtype they were loaded.
+    base_norms: sha256 of the norms (the final one and, layer by layer, those before attention and before the MLP),
+    which are the same in a quantised file; rounded to bfloat16, so that the dtype they were loaded in does not matter.
+    base_sample: 32 numbers of each matrix (embedding, the last layer's down, the head where it is not tied).
     """
     parts = (np.asarray(norm).astype(np.float32).astype(ml_dtypes.bfloat16).tobytes() for norm in norms)
-    return hashlib.sha256(b"".join(parts)).hexdigest()
+    digest = hashlib.sha256(b"".join(parts)).hexdigest()
+    few = (np.asarray(m.reshape(-1)[:: max(math.prod(m.shape) // 32, 1)][:32]).astype(np.float32) for m in matrices)
+    return {"base_norms": digest, "base_sample": [float(f"{x:.4g}") for x in np.concatenate(list(few))]}
 
 
-def stored_norms(cfg: ModelConfig, source: TensorSource) -> Iterator[np.ndarray]:
-    """The norms of `norms_digest`, of a checkpoint whose other weights are not read."""
-    yield source.read("model.norm.weight")
-    for i in range(cfg.layers):
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            yield source.read(f"model.layers.{i}.{name}.weight")
+def stored_fingerprint(cfg: ModelConfig, source: TensorSource) -> dict[str, Any]:
+    """`fingerprint` of a checkpoint whose other weights are not read."""
+    layer = "model.layers.{}.{}".format
+    norms = [
+        layer(i, f"{n}.weight") for i in range(cfg.layers) for n in ("input_layernorm", "post_attention_layernorm")
+    ]
+    matrices = [EMBED, layer(cfg.layers - 1, layer_names(cfg)["down"][0][0]), *[HEAD] * (not cfg.tie_embeddings)]
+    return fingerprint(map(source.read, ["model.norm.weight", *norms]), map(source.read, matrices))
 
 
 def check_base(adapter: Path, params: Params, name: str) -> None:
     """Warn where an adapter was trained on other weights than `params`, those of `name`, as far as it says."""
     settings = _settings(adapter)
-    trained_on = settings.get("base_norms")
-    norms = (params.final_norm, *(norm for layer in params.layers for norm in (layer.attn_norm, layer.mlp_norm)))
-    if trained_on and trained_on != norms_digest(norms):
+    if "base_norms" not in settings:
+        return
+    layers = params.layers
+    norms = (params.final_norm, *(norm for layer in layers for norm in (layer.attn_norm, layer.mlp_norm)))
+    head = () if params.unembed is None else (params.unembed,)
+    here, noted = fingerprint(norms, (params.embed, layers[-1].down, *head)), settings["base_sample"]
+    a, b = np.array(here["base_sample"]), np.array(noted)
+    # Four bits a weight leave a cosine of 0.99; that of two models is near 0.
+    alike = len(a) == len(b) and a @ b > 0.9 * np.linalg.norm(a) * np.linalg.norm(b)
+    if here["base_norms"] != settings["base_norms"] or not alike:
         warn(f"--adapter {adapter.parent} was trained on {settings.get('base')}; {name} has other weights")
 
 
@@ -137,7 +150,8 @@ def load_adapter(adapter: str | Path, cfg: ModelConfig) -> Layer | DraftAdapter 
     if "peft_type" in settings:
         return peft.read_peft(path, settings, cfg)
     base = settings.pop("base")
-    settings.pop("base_norms", None)
+    for name in ("base_norms", "base_sample"):
+        settings.pop(name, None)
     try:
         lora = LoraConfig(**settings)
         file = safe_open(path, framework="numpy")
