@@ -79,7 +79,7 @@ def parse_args(argv: list[str] | None) -> tuple[RunConfig, jsonargparse.Namespac
         raise InputError(" ".join(str(e).split())) from None
     if flags.topology and not flags.plan:
         raise InputError("--topology does nothing without --plan")
-    return run_dir.with_absolute_base(RunConfig(**{name: made[name] for name in SECTIONS})), flags
+    return RunConfig(**{name: made[name] for name in SECTIONS}).with_absolute_base(), flags
 
 
 def start_model(run: RunConfig) -> tuple[ModelConfig, object, tuple[int, ...], object]:

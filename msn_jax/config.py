@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from typing import Any
 
 from msn_jax.errors import InputError, check_fields
@@ -278,6 +279,13 @@ class RunConfig:
         made = {name: kind(**sections[name]) for name, kind in SECTIONS.items() if name != "data"}
         sources = [DataSource(**source) for source in sections["data"]["sources"]]
         return cls(data=DataConfig(**{**sections["data"], "sources": sources}), **made)
+
+    def with_absolute_base(self) -> RunConfig:
+        """The same settings with the whole path of a local model.ckpt, so that the run finds it from anywhere."""
+        ckpt = self.model.ckpt
+        if ckpt is None or not os.path.exists(ckpt):
+            return self
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, ckpt=os.path.abspath(ckpt)))
 
 
 SECTIONS = {

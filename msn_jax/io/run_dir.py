@@ -9,7 +9,6 @@ metrics.jsonl              one object a step (metrics.py)
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import json
 import logging
@@ -136,19 +135,11 @@ def write_run_files(
         replace_file(folder / "config.json", json.dumps(hf_config, indent=2).encode() + b"\n")
 
 
-def with_absolute_base(run: RunConfig) -> RunConfig:
-    """The same settings with the whole path of a local model.ckpt, so that the run finds it from anywhere."""
-    ckpt = run.model.ckpt
-    if ckpt is None or not os.path.exists(ckpt):
-        return run
-    return dataclasses.replace(run, model=dataclasses.replace(run.model, ckpt=os.path.abspath(ckpt)))
-
-
 def read_config(directory: str | os.PathLike) -> RunConfig:
     """The settings that a run was begun with. Raises InputError where its config.yaml cannot be read."""
     path = epath.Path(directory) / "config.yaml"
     try:
-        return with_absolute_base(RunConfig.from_dict(yaml.safe_load(path.read_text())))
+        return RunConfig.from_dict(yaml.safe_load(path.read_text())).with_absolute_base()
     except (OSError, yaml.YAMLError, TypeError, KeyError) as e:
         raise InputError(f"{path}: not the config of a run ({first_cause(e)})") from None
 
