@@ -35,6 +35,7 @@ from msn_jax.config import SECTIONS, LoraConfig, RunConfig
 from msn_jax.errors import InputError
 from msn_jax.io import export, hf, run_dir
 from msn_jax.io.adapters import save_adapter, stored_fingerprint
+from msn_jax.io.checkpoints import Checkpoints, kept
 from msn_jax.io.files import local_files
 from msn_jax.io.loading import open_checkpoint
 from msn_jax.io.metrics import read_metrics
@@ -184,7 +185,7 @@ def train(setting: Setting) -> train_step.TrainState:
     if jax.process_index() == 0 and not run_dir.has_begun(out):
         text = yaml.safe_dump(dataclasses.asdict(run), sort_keys=False)
         run_dir.write_run_files(out, text, export.hf_config(cfg, setting.stop_ids), setting.tokenizer)
-    checkpoints = run_dir.Checkpoints(out, keep=run.train.keep)
+    checkpoints = Checkpoints(out, keep=run.train.keep)
 
     load = partial(hf.load_params, cfg, setting.source, mesh=mesh, stacked=True)
     digest = setting.corpus.digest
@@ -323,7 +324,7 @@ def main(argv: list[str] | None = None) -> None:
         except NotFinite as e:
             if flags.plot and jax.process_index() == 0:
                 plot(run)  # what led to it
-            raise InputError(f"{e}; {run_dir.kept(run.train.out)}") from e
+            raise InputError(f"{e}; {kept(run.train.out)}") from e
         finish(setting, state, flags)
 
 

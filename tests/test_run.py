@@ -18,10 +18,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from msn_jax import InputError, init, load
 from msn_jax.io import files, hf, tokenizer
+from msn_jax.io.checkpoints import Checkpoints, restore_params
 from msn_jax.io.export import check_export_dir, export_hf, hf_config
 from msn_jax.io.metrics import MetricsLog
 from msn_jax.io.published_config import config_from_hf
-from msn_jax.io.run_dir import Checkpoints, is_run, restore_params, write_run_files
+from msn_jax.io.run_dir import is_run, write_run_files
 from msn_jax.model_config import RopeScaling
 
 

@@ -16,6 +16,7 @@ from msn_jax.adapters import Marked, declare_trained, merge
 from msn_jax.errors import InputError
 from msn_jax.io import gguf, hf, run_dir, tokenizer
 from msn_jax.io.adapters import check_base, find_adapter, load_adapter
+from msn_jax.io.checkpoints import restore_params
 from msn_jax.io.files import download, is_hub_id, local_files
 from msn_jax.linear import activation_dtype
 from msn_jax.model_config import ModelConfig
@@ -131,7 +132,7 @@ def _load_run(folder: str, dtype, mesh: Mesh | None) -> LM:
     config, files = run_dir.read_config(folder), local_files(folder)
     tok, stops = tokenizer.from_folder(files)  # with the chat template that it was trained with
     stop_ids = tuple(sorted(stops | hf.stop_ids(files)))
-    restored = lambda cfg: run_dir.restore_params(folder, _float32(declare_trained(cfg, config.lora, config.noise)))[0]
+    restored = lambda cfg: restore_params(folder, _float32(declare_trained(cfg, config.lora, config.noise)))[0]
     if config.lora.rank:
         try:
             base = load(config.model.ckpt, dtype=dtype, mesh=mesh)
