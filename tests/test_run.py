@@ -364,7 +364,7 @@ def test_where_an_export_may_go(tmp_path, tiny):
         GOLDENS / "tiny_mha": "a directory with other files in it",  # somebody else's checkpoint stays
     }
     for directory, why in cases.items():
-        with pytest.raises(InputError, match=f"--export {directory}: .*{why}"):
+        with pytest.raises(InputError, match=f"directory {directory}: .*{why}"):
             export_hf(directory, cfg, params, tokenizer_of(61), [1])
 
 
