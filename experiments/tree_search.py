@@ -185,7 +185,9 @@ def main() -> None:
         mats[tree] = tokens / passes
     print("\nwithout retrieval: nodes, MAT, MAT over cost")
     for size in sorted(sizes):
-        for tree in sorted((tree for tree in trees if tree.size == size), key=mats.get, reverse=True)[:3]:
+        for tree in sorted((tree for tree in trees if tree.size == size), key=lambda tree: mats[tree], reverse=True)[
+            :3
+        ]:
             print(f"{size:>4} {mats[tree]:6.3f} {mats[tree] / cost(size):6.3f}  {tree.name}")
     small = max(trees, key=lambda tree: mats[tree] / cost(tree.size))
 

@@ -18,6 +18,8 @@ from benchmarks import accelerator, accelerator_report
 from benchmarks.stages import check, decoding, learning, passes, training
 from benchmarks.stages.stage import Stage, read
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "accelerator.py"
 RECORD = {"stage", "machine", "small", "command", "commit", "device", "complete", "seconds", "rows", "left_out"}
 

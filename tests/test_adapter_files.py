@@ -18,6 +18,8 @@ from msn_jax.io import hf
 from msn_jax.io.adapters import CONFIG, check_base, find_adapter, load_adapter, save_adapter, stored_fingerprint
 from msn_jax.io.loading import open_checkpoint
 
+pytestmark = pytest.mark.slow
+
 MODULES = [f"self_attn.{m}_proj" for m in "qkvo"] + [f"mlp.{m}_proj" for m in ("gate", "up", "down")]
 SETTINGS = json.loads(
     '{"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "org/base", "r": 4, "lora_alpha": 8,'

@@ -21,6 +21,8 @@ from msn_jax.objectives.draft_only import drafted, loss_sums
 from msn_jax.objectives.streams import draw_anchors
 from msn_jax.params import stack_layers, unstack
 
+pytestmark = pytest.mark.slow
+
 DEPTHS = 3
 LORA, NOISE = LoraConfig(rank=2, draft_only=True), NoiseConfig(length=DEPTHS)
 NOISY = TreeSet("noisy", (branching("noisy", 2, {(): 2, (0,): 1}, noise={(): 3, (0,): 1}),), (0,))

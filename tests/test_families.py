@@ -59,6 +59,7 @@ def test_cached_decoding_matches_torch(golden, name):
     np.testing.assert_allclose(logits, data["cached_logits"], atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3", "starcoder2"])
 def test_bfloat16_weights_between_float32_activations_stay_near_torch(golden, name):
     cfg, params, data = golden[name]
@@ -89,6 +90,7 @@ def test_packed_rows_in_blocks_match_torch(golden, monkeypatch):
 # Decoding.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "starcoder2"])
 def test_trees_emit_what_plain_decoding_emits_past_the_window(golden, name):
     cfg, params, data = golden[name]
@@ -118,6 +120,7 @@ def test_trees_emit_what_plain_decoding_emits_past_the_window(golden, name):
 # Training.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3", "starcoder2"])
 def test_gradients_reach_every_tensor_and_every_adapter(golden, name):
     cfg, params, data = golden[name]

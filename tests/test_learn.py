@@ -16,6 +16,8 @@ from msn_jax.io.adapters import load_adapter
 from msn_jax.params import stack_layers
 from msn_jax.sharding import make_mesh
 
+pytestmark = pytest.mark.slow
+
 
 def test_rows_hold_every_example_once_and_whole():
     lengths = [5, 3, 8, 2, 6]

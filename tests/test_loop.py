@@ -1,4 +1,4 @@
-"""The loop against plain decoding: with random models, with a model made of a table, and with SmolLM2."""
+"""The loop against plain decoding: with random models, and with a model made of a table."""
 
 from functools import partial
 
@@ -6,13 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDENS, decode_all
+from conftest import decode_all
 
-from msn_jax import DecodeConfig, InputError, ModelConfig, forward, generate
+from msn_jax import DecodeConfig, InputError, ModelConfig, forward
 from msn_jax.cache import init_cache, write_cache
 from msn_jax.decode import TREE_SETS, TreeSet, TreeSpec, init_state, loop, prefill, run, tree_set, verify
-from msn_jax.decode.tree import EITHER, JACOBI, RETRIEVAL, ROOT, branching, chain
-from msn_jax.plan import cache_copies
+from msn_jax.decode.tree import EITHER, JACOBI, ROOT, branching
 
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 61, n).tolist() for n in (1, 9, 33, 70)]  # one token; below and above a prefill chunk
@@ -41,6 +40,7 @@ def test_greedy_equals_plain_decoding(tiny, plain_greedy, arm):
     assert state.passes.sum() == state.forwards.max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", [0, 2])
 def test_a_row_alone_is_as_in_a_batch(tiny, plain_greedy, row):
     cfg, params = tiny
@@ -94,6 +94,7 @@ def test_a_stop_ends_a_row_and_not_its_neighbours(tiny, plain_greedy):
     assert state.stopped.tolist() == [row[-1] in (60, stop) for row in rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adaptive", "msn69"])
 def test_cache_after_commit_is_that_of_a_prefill(tiny, name):
     cfg, params = tiny
@@ -108,6 +109,7 @@ def test_cache_after_commit_is_that_of_a_prefill(tiny, name):
             np.testing.assert_allclose(ours[b, :, kept], theirs[0, :, kept], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_finished_rows_stay_as_they_are(tiny):
     cfg, params = tiny
     trees = tree_set("tr-jacobi")
@@ -239,153 +241,3 @@ def test_pad_that_matches_is_right_but_for_the_pad(decode_table, monkeypatch):
     monkeypatch.setattr(verify, "accept", pad_that_matches)
     text = [1, 2, 3, 4, 1, 2, 3, 4, 5, 6, 7, 8, 9]
     assert decode_table(text, 5, TWO_CHAINS)[0] == text[5:]
-
-
-# Compilation.
-
-
-def traces(params, cfg, trees, prompts, **settings):
-    before = loop.run._cache_size()
-    decode_all(params, cfg, trees, prompts, stop_ids=settings.pop("stop_ids", ()), **settings)
-    return loop.run._cache_size() - before
-
-
-def test_one_trace_for_each_tree_set_bucket_and_batch(tiny):
-    cfg, params = tiny
-    trees = TreeSet("counted", (chain(2, RETRIEVAL), chain(3, EITHER)), (0, 2))
-    assert traces(params, cfg, trees, PROMPTS[:1], max_new_tokens=3) == 1
-    for change in (
-        {"max_new_tokens": 9},
-        {"max_new_tokens": 3, "temperature": 0.5, "seed": 7, "top_k": 3, "top_p": 0.5},
-        {"max_new_tokens": 3, "stop_ids": (4, 5)},
-    ):
-        assert traces(params, cfg, trees, PROMPTS[2:3], **change) == 0
-    assert traces(params, cfg, trees, PROMPTS[:2], max_new_tokens=3) == 1
-    assert traces(params, cfg, trees, PROMPTS[:1], max_new_tokens=3, slots=512) == 1
-    another = TreeSet("counted too", trees.trees[:1], (0,))
-    assert traces(params, cfg, another, PROMPTS[:1], max_new_tokens=3) == 1
-
-
-@pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize(
-    "name, dtype",
-    [("root", "float32"), ("adaptive", "float32"), ("adaptive", "bfloat16"), ("msn69", "float32")],
-)
-def test_the_loop_copies_no_cache(tiny, name, dtype, batch):
-    cfg, params = tiny
-    params = jax.tree.map(lambda a: a.astype(dtype), params)
-    trees = TREE_SETS[name]
-    state = init_state(cfg, trees, [[1, 2]] * batch, DecodeConfig(max_new_tokens=9), (), slots=256, dtype=dtype)
-    hlo = run.lower(params, state, 5, cfg=cfg, trees=trees).compile().as_text()
-    shape = (batch, cfg.kv_heads, 256, cfg.head_dim)
-    of_a_cache = f"[{','.join(map(str, shape))}]"
-    assert of_a_cache in hlo and cache_copies(hlo, shape) == []
-    assert dtype == "float32" or "f32" + of_a_cache not in hlo
-
-
-@pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_prefill_copies_no_cache(tiny, dtype, batch):
-    cfg, params = tiny
-    params = jax.tree.map(lambda a: a.astype(dtype), params)
-    state = init_state(
-        cfg, TREE_SETS["root"], [[1, 2]] * batch, DecodeConfig(max_new_tokens=9), (), slots=256, dtype=dtype
-    )
-    chunk = partial(loop.prefill_chunk, cfg=cfg, chunk=64, dtype=state.activations)
-    one = lambda i, cache: chunk(params, cache, state.tokens, 64 * i)
-    hlo = jax.jit(lambda cache: jax.lax.fori_loop(0, 3, one, cache)).lower(state.cache).compile().as_text()
-    shape = (batch, cfg.kv_heads, 256, cfg.head_dim)
-    assert f"[{','.join(map(str, shape))}]" in hlo and cache_copies(hlo, shape) == []
-
-
-@pytest.mark.parametrize("name", ["root", "chain4"])
-def test_bfloat16_weights_are_read_as_they_are(tiny, name):
-    cfg, params = tiny
-    trees = TREE_SETS[name]
-    params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)
-    widened = {}
-    new = partial(init_state, cfg, trees, [[1, 2]], DecodeConfig(max_new_tokens=9), (), slots=256, dtype=jnp.bfloat16)
-    for backend in ("tpu", "cpu"):
-        hlo = run.lower(params, new(backend=backend), 5, cfg=cfg, trees=trees).compile().as_text()
-        widened[backend] = f"f32[{cfg.embed},{cfg.mlp}]" in hlo
-    # With results in bfloat16, or for one row, XLA:CPU makes a float32 copy of each matrix in each pass.
-    assert widened == {"tpu": True, "cpu": False}
-
-
-def test_a_copied_cache_would_be_seen(tiny):
-    cfg, params = tiny
-
-    def select_between_caches(state):
-        # What finished rows must not be gated by.
-        old = state.cache.k[0]
-        new = jnp.where(state.done[:, None, None, None], old, old + 1)
-        return state.replace(
-            cache=state.cache.replace(k=(jnp.concatenate([new[..., 1:], old[..., :1]], -1), *state.cache.k[1:]))
-        )
-
-    state = init_state(cfg, TREE_SETS["root"], [[1, 2]], DecodeConfig(max_new_tokens=9), (), slots=256)
-    loop_ = lambda state: jax.lax.fori_loop(0, 3, lambda i, s: select_between_caches(s), state)
-    hlo = jax.jit(loop_).lower(state).compile().as_text()
-    assert cache_copies(hlo, (1, cfg.kv_heads, 256, cfg.head_dim))
-
-
-@pytest.mark.parametrize(
-    "slots, size",
-    [(1, 256), (256, 256), (257, 512), (1025, 1536), (1537, 2048), (2049, 3072), (3073, 4096), (8200, 12288)],
-)
-def test_buckets(slots, size):
-    assert loop.bucket(slots) == size
-
-
-# SmolLM2.
-
-
-def test_smollm2_writes_what_torch_writes(smollm2):
-    golden = np.load(GOLDENS / "smollm2.npz")
-    prompt, expected = golden["greedy_prompt"].tolist(), golden["greedy_tokens"].tolist()
-    for method in ("ar", "tr-jacobi"):
-        (result,) = generate(smollm2, [prompt], method=method, max_new_tokens=len(expected))
-        assert result.tokens == expected
-        assert sum(result.accepted) == len(result.tokens) and len(result.accepted) == result.forwards
-
-
-def test_smollm2_methods_agree(smollm2):
-    # A prompt with much to copy, so that long paths are accepted.
-    prompt = "The colours, over and over: red, green, blue, yellow, red, green, blue, yellow, red, green,"
-    plain = generate(smollm2, [prompt], method="ar", max_new_tokens=48)[0]
-    fast = generate(smollm2, [prompt], method="tr-jacobi", max_new_tokens=48)[0]
-    assert fast.tokens == plain.tokens and fast.text == plain.text
-    assert plain.forwards == len(plain.tokens) and fast.forwards < 0.5 * plain.forwards
-    warm = dict(max_new_tokens=48, temperature=0.8, seed=11)
-    assert (
-        generate(smollm2, [prompt], method="tr-jacobi", **warm)[0].tokens
-        == generate(smollm2, [prompt], method="ar", **warm)[0].tokens
-    )
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-def test_every_tree_has_run_before_the_clock_starts(shallow, monkeypatch, batch):
-    passes = []
-
-    def counted(*args, **settings):
-        state, progress = run(*args, **settings)
-        passes.append(state.passes.tolist())
-        return state, progress
-
-    monkeypatch.setattr(loop, "run", counted)
-    monkeypatch.setattr("msn_jax.decode.generate._warm", set())
-    trees = TREE_SETS["adaptive"]
-    for max_new_tokens, warmed in ((3, len(trees.trees)), (2, 0)):  # a program is run for this once
-        passes.clear()
-        settings = dict(batch_size=batch, max_new_tokens=max_new_tokens)
-        generate(shallow, [list(range(40))] * batch, method="tr-jacobi", tree="adaptive", **settings)
-        assert len(passes) == warmed + 1
-        assert passes[:warmed] == [[int(a == b) for a in range(warmed)] for b in range(warmed)]
-
-
-def test_the_shortest_prompt_may_fill_its_slots(shallow, monkeypatch):
-    monkeypatch.setattr("msn_jax.decode.generate._warm", set())  # what runs before the clock must fit them too
-    settings = dict(tree="adaptive", max_new_tokens=247)  # 1 + 247 + 8 that a pass may write: the smallest bucket
-    (plain,) = generate(shallow, [[3]], method="ar", max_new_tokens=247)
-    (drafted,) = generate(shallow, [[3]], method="tr-jacobi", **settings)
-    assert drafted.tokens == plain.tokens

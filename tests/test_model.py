@@ -33,6 +33,7 @@ def test_tiny_models_match_torch(name):
     np.testing.assert_allclose(logits_of(params, cfg, golden["long_ids"]), golden["long_logits"], atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [0, 1, 2])
 def test_smollm2_matches_torch(smollm2, text):
     golden = np.load(GOLDENS / "smollm2.npz")

@@ -118,6 +118,7 @@ def test_none_changes_nothing():
     assert (add_noise(jax.random.key(0), tokens, response, segments, NoiseConfig(kind="none")) == tokens).all()
 
 
+@pytest.mark.slow
 def test_same_key_same_noise_under_jit_and_vmap():
     response, segments = (jnp.concatenate([a] * 4) for a in row("ppp" + "r" * 20, "pp" + "r" * 9, ".."))
     tokens = jax.random.randint(jax.random.key(5), response.shape, 0, 1000)

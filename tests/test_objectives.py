@@ -21,6 +21,8 @@ from msn_jax.objectives.streams import divergence, divergence_sums, seen_by_nois
 from msn_jax.params import stack_layers
 from msn_jax.sharding import make_mesh
 
+pytestmark = pytest.mark.slow
+
 DEPTHS = 3
 BESIDE = NoiseConfig(layout="beside", length=DEPTHS, anchors=4)
 

@@ -4,11 +4,13 @@ import dataclasses
 import importlib
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 import msn_jax
+from msn_jax import commands
 from msn_jax.config import SECTIONS
 from msn_jax.settings import describe
 
@@ -72,3 +74,18 @@ def test_help_of_the_benchmark_shows_what_a_method_may_be(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         importlib.import_module("benchmarks.spec_bench").main()
     assert "METHOD[:TREE][@BATCH]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["decode", "train"])
+def test_installed_commands_are_the_scripts(name, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [f"msn-{name}", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        getattr(commands, name)()
+    assert ended.value.code == 0 and f"usage: {name}.py" in capsys.readouterr().out
+
+
+def test_a_wheel_has_the_scripts_where_the_commands_look():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    wheel = settings["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["force-include"] == {f"{name}.py": f"msn_jax/scripts/{name}.py" for name in ("decode", "train")}
+    assert settings["project"]["scripts"] == {f"msn-{n}": f"msn_jax.commands:{n}" for n in ("decode", "train")}

@@ -3,6 +3,10 @@
 import re
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 
 def test_snippets_run(smollm2, shallow, monkeypatch, capsys):
     monkeypatch.setattr("msn_jax.load", lambda ckpt: smollm2)

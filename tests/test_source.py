@@ -53,6 +53,7 @@ MIXED = TreeSet("mixed", (chain(2, RECYCLING), _MIXED), (0, 1), sources=(Guess()
 ARMS = [GUESSES, MIXED, tree_set("recycling"), TREE_SETS["mix16"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("trees", ARMS, ids=lambda trees: trees.name)
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "seed": 3}], ids=["greedy", "sampled"])
@@ -65,6 +66,7 @@ def test_no_source_changes_a_token(tiny, trees, settings, batch):
     assert state.accepted.max() > 1  # even guesses are right at times
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["chain4", "msn69", "recycle8"])
 def test_what_a_row_accepts_does_not_depend_on_its_neighbours(tiny, name):
     cfg, params = tiny

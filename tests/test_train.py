@@ -18,6 +18,8 @@ from msn_jax.io import run_dir
 from msn_jax.objectives import objective_of
 from msn_jax.sharding import MESH_AXES, check_batch, mesh_sizes
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -78,7 +80,7 @@ def test_adapters_of_a_run_are_saved_small_and_merge(config, tmp_path, monkeypat
         load(tmp_path / "base", adapter=tmp_path)
     (tmp_path / "base").rename(tmp_path / "moved")
     with pytest.raises(
-        InputError, match=r"lora: its base cannot be loaded: ckpt .*/base: no .*, or the base with the adapter"
+        InputError, match=r"lora: its base cannot be loaded: --ckpt .*/base: no .*, or --ckpt BASE --adapter"
     ):
         load(tmp_path / "lora")
     (tmp_path / "moved").rename(tmp_path / "base")

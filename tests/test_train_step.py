@@ -13,6 +13,8 @@ from msn_jax.objectives import inline, scores
 from msn_jax.params import stack_layers, unstack_layers
 from msn_jax.sharding import make_mesh
 
+pytestmark = pytest.mark.slow
+
 NO_NOISE = NoiseConfig(kind="none")
 
 
