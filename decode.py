@@ -25,6 +25,7 @@ from msn_jax.chat import chat
 from msn_jax.decode.generate import Stream, generate_batches
 from msn_jax.decode.prompts import Row, as_chat, encode, read_prompts
 from msn_jax.decode.tree import METHODS, TREE_SETS, tree_set
+from msn_jax.errors import named
 from msn_jax.io.loading import ACCEPTED
 from msn_jax.io.rows_out import STDOUT, check_outputs, rows_out
 from msn_jax.page import run_of, write_html
@@ -232,7 +233,9 @@ def main(argv: list[str] | None = None) -> None:
     if not 1 <= args.tensor <= jax.device_count():
         raise InputError(f"--tensor {args.tensor}: accepted: 1 to {jax.device_count()}, the devices that there are")
     with rows_out(args.out) as write:
-        lm = load(args.ckpt, args.adapter, args.dtype, make_mesh(tensor=args.tensor) if args.tensor > 1 else None)
+        mesh = make_mesh(tensor=args.tensor) if args.tensor > 1 else None
+        with named(ckpt="--ckpt", adapter="--adapter"):
+            lm = load(args.ckpt, args.adapter, args.dtype, mesh)
         if args.chat:
             return chat(lm, config, args.system)
         decode(lm, args, config, rows, write)

@@ -32,9 +32,10 @@ from jax.sharding import Mesh
 from msn_jax import data, train_step
 from msn_jax.adapters import Marked, merge
 from msn_jax.config import SECTIONS, LoraConfig, RunConfig
-from msn_jax.errors import InputError
+from msn_jax.errors import InputError, named
 from msn_jax.io import export, hf, run_dir
 from msn_jax.io.adapters import save_adapter, stored_fingerprint
+from msn_jax.io.checkpoints import Checkpoints, kept
 from msn_jax.io.files import local_files
 from msn_jax.io.loading import open_checkpoint
 from msn_jax.io.metrics import read_metrics
@@ -87,7 +88,8 @@ def start_model(run: RunConfig) -> tuple[ModelConfig, object, tuple[int, ...], o
     if run.model.ckpt is not None:
         if run_dir.is_run(run.model.ckpt):
             raise InputError(f"model.ckpt {run.model.ckpt} is a run directory; accepted: what its --export wrote")
-        opened = open_checkpoint(run.model.ckpt)
+        with named(ckpt="model.ckpt"):
+            opened = open_checkpoint(run.model.ckpt)
         if run.model.shape and declare(SHAPES[run.model.shape]) != declare(opened.cfg):
             raise InputError(f"model.ckpt {run.model.ckpt} does not have the shape {run.model.shape} of model.shape")
         return opened.cfg, opened.tokenizer, opened.stop_ids, opened.source
@@ -184,7 +186,7 @@ def train(setting: Setting) -> train_step.TrainState:
     if jax.process_index() == 0 and not run_dir.has_begun(out):
         text = yaml.safe_dump(dataclasses.asdict(run), sort_keys=False)
         run_dir.write_run_files(out, text, export.hf_config(cfg, setting.stop_ids), setting.tokenizer)
-    checkpoints = run_dir.Checkpoints(out, keep=run.train.keep)
+    checkpoints = Checkpoints(out, keep=run.train.keep)
 
     load = partial(hf.load_params, cfg, setting.source, mesh=mesh, stacked=True)
     digest = setting.corpus.digest
@@ -277,7 +279,8 @@ def finish(setting: Setting, state: train_step.TrainState, flags) -> None:
         params = state.params.weights if marks else state.params
         if run.lora.rank:  # into the weights as they were stored, not as they were computed with
             params = merge(hf.load_params(setting.cfg, setting.source, stacked=True), jax.device_get(params))
-        export.export_hf(flags.export, setting.cfg, params, setting.tokenizer, setting.stop_ids)
+        with named(directory="--export"):
+            export.export_hf(flags.export, setting.cfg, params, setting.tokenizer, setting.stop_ids)
         say(f"wrote {flags.export}")
         if marks:  # which no Hugging Face directory has a place for
             save_adapter(f"{flags.export}/marks", marks, LoraConfig(), flags.export)
@@ -289,7 +292,8 @@ def finish(setting: Setting, state: train_step.TrainState, flags) -> None:
 
 def check_export(run: RunConfig, directory: str) -> None:
     """Raise InputError where the export cannot be written when the run is done, or would replace what it reads."""
-    path = export.check_export_dir(directory).resolve()
+    with named(directory="--export"):
+        path = export.check_export_dir(directory).resolve()
     for name, other in (("train.out", run.train.out), ("model.ckpt", run.model.ckpt)):
         place = Path(other or "").resolve()
         if other and (path == place or path in place.parents):
@@ -323,7 +327,7 @@ def main(argv: list[str] | None = None) -> None:
         except NotFinite as e:
             if flags.plot and jax.process_index() == 0:
                 plot(run)  # what led to it
-            raise InputError(f"{e}; {run_dir.kept(run.train.out)}") from e
+            raise InputError(f"{e}; {kept(run.train.out)}") from e
         finish(setting, state, flags)
 
 

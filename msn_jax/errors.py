@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import Any
 
@@ -25,3 +26,15 @@ def check_fields(config: Any, prefix: str, **fields: tuple[bool, str]) -> None:
     for name, (fine, accepted) in fields.items():
         if not fine:
             raise InputError(f"{prefix}{name} = {getattr(config, name)} is not possible; accepted: {accepted}")
+
+
+@contextlib.contextmanager
+def named(**names: str):
+    """Refusals inside it that begin with an argument of the library begin with what the user gave: ckpt="--ckpt"."""
+    try:
+        yield
+    except InputError as e:
+        argument, _, rest = str(e).partition(" ")
+        if argument not in names:
+            raise
+        raise InputError(f"{names[argument]} {rest}") from e

@@ -50,7 +50,7 @@ def topology_devices(name: str):
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except Exception as e:  # the plugin's errors have no common class
-        hint = "pip install 'msn-jax[tpu]'" if "libtpu" in str(e) or "tpu" in str(e).lower() else ""
+        hint = "in the checkout: pip install -e '.[tpu]'" if "libtpu" in str(e) or "tpu" in str(e).lower() else ""
         raise InputError(f"--topology {name}: cannot compile for it ({first_line(e)}) {hint}".rstrip()) from None
 
 
@@ -172,7 +172,7 @@ def plan_train(run: RunConfig, topology: str | None) -> None:
         )
     if topology and importlib.util.find_spec("libtpu") is None:
         topology_shape(topology)
-        print(f"{topology}: not compiled for it, libtpu is not installed (pip install 'msn-jax[tpu]')")
+        print(f"{topology}: not compiled for it, libtpu is not installed (in the checkout: pip install -e '.[tpu]')")
         count, topology = math.prod(topology_shape(topology)), None
     else:
         # -1, "the rest", is one device where none are there.

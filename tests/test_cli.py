@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import decode
-from msn_jax import InputError, chat
+import train
+from msn_jax import InputError, chat, load
 from msn_jax.decode.prompts import read_prompts, read_row
 
 ROOT = Path(__file__).parent.parent
@@ -190,3 +191,14 @@ def test_a_run_that_breaks_keeps_its_rows(run, tmp_path, monkeypatch):
         run("--prompts", path, "--out", tmp_path / "out.jsonl", "--max_new_tokens", 4)
     assert not (tmp_path / "out.jsonl").exists()
     assert len((tmp_path / "out.jsonl.partial").read_text().splitlines()) == 1
+
+
+def test_refusals_name_what_the_user_gave(tmp_path, config):
+    with pytest.raises(InputError, match="^ckpt /no/such: no such file"):
+        load("/no/such")
+    with pytest.raises(InputError, match="^--ckpt /no/such: no such file"):
+        decode.main(["--ckpt", "/no/such", "--prompt", "a"])
+    with pytest.raises(InputError, match="^model.ckpt /no/such: no such file"):
+        train.main(["--config", config(model={"scratch": None, "ckpt": "/no/such"})])
+    with pytest.raises(InputError, match="^--export gs://a: not a local path"):
+        train.main(["--config", config(), "--export", "gs://a"])

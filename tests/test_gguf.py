@@ -289,5 +289,5 @@ def test_chat_templates_decide_over_roles():
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
     ids = encode_chat(tok, [{"role": "user", "content": "1+1"}, call, {"role": "tool", "content": "2"}])
     assert tok.decode(ids) == "[user]1+1[assistant calls add][tool]2[assistant]"
-    with pytest.raises(InputError, match=r"no chat template; accepted: raw prompts \(--chat_template no\)"):
+    with pytest.raises(InputError, match=r"no chat template; accepted: raw prompts, as texts"):
         encode_chat(byte_level("qwen2")[0], [{"role": "user", "content": "x"}])

@@ -17,6 +17,7 @@ from test_train import ROOT, lines
 
 from msn_jax import ModelConfig, train_step
 from msn_jax.io import run_dir
+from msn_jax.io.checkpoints import Checkpoints
 from msn_jax.sharding import make_mesh
 
 pytestmark = pytest.mark.slow
@@ -26,7 +27,7 @@ def final_state(folder):
     """(step, state on the host) of the newest checkpoint, the optimiser's part too."""
     run = run_dir.read_config(folder)
     shapes = train_step.state_shapes(ModelConfig(**run.model.scratch), run, make_mesh(devices=jax.devices()[:1]))
-    state, _, step = run_dir.Checkpoints(folder, keep=run.train.keep).restore(shapes)
+    state, _, step = Checkpoints(folder, keep=run.train.keep).restore(shapes)
     return step, jax.device_get(state)
 
 
@@ -81,7 +82,7 @@ def test_sigterm_saves_and_ends_well(config, tmp_path):
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
     saved = int(re.search(r"stopped after step (\d+)", output)[1])
-    assert run_dir.Checkpoints(tmp_path / "run", keep=1).steps() == [saved] and len(lines(tmp_path / "run")) == saved
+    assert Checkpoints(tmp_path / "run", keep=1).steps() == [saved] and len(lines(tmp_path / "run")) == saved
 
 
 def test_two_processes_train_as_one(config, tmp_path):

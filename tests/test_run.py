@@ -18,10 +18,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from msn_jax import InputError, init, load
 from msn_jax.io import files, hf, tokenizer
+from msn_jax.io.checkpoints import Checkpoints, restore_params
 from msn_jax.io.export import check_export_dir, export_hf, hf_config
 from msn_jax.io.metrics import MetricsLog
 from msn_jax.io.published_config import config_from_hf
-from msn_jax.io.run_dir import Checkpoints, is_run, restore_params, write_run_files
+from msn_jax.io.run_dir import is_run, write_run_files
 from msn_jax.model_config import RopeScaling
 
 
@@ -363,7 +364,7 @@ def test_where_an_export_may_go(tmp_path, tiny):
         GOLDENS / "tiny_mha": "a directory with other files in it",  # somebody else's checkpoint stays
     }
     for directory, why in cases.items():
-        with pytest.raises(InputError, match=f"--export {directory}: .*{why}"):
+        with pytest.raises(InputError, match=f"directory {directory}: .*{why}"):
             export_hf(directory, cfg, params, tokenizer_of(61), [1])
 
 

@@ -80,7 +80,7 @@ def test_adapters_of_a_run_are_saved_small_and_merge(config, tmp_path, monkeypat
         load(tmp_path / "base", adapter=tmp_path)
     (tmp_path / "base").rename(tmp_path / "moved")
     with pytest.raises(
-        InputError, match=r"lora: its base cannot be loaded: --ckpt .*/base: no .*, or --ckpt BASE --adapter"
+        InputError, match=r"lora: its base cannot be loaded: ckpt .*/base: no .*, or the base with the adapter"
     ):
         load(tmp_path / "lora")
     (tmp_path / "moved").rename(tmp_path / "base")

@@ -14,6 +14,7 @@ from test_train import lines
 import train
 from msn_jax import InputError
 from msn_jax.io import run_dir
+from msn_jax.io.checkpoints import Checkpoints
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def test_weights_that_are_no_numbers_stop_the_run(config, base, tmp_path):
         with pytest.raises(InputError, match="step 1: loss is nan; no checkpoint was written before it") as e:
             train.main(flags)
         assert "\n" not in str(e.value)
-        assert not (tmp_path / "x").exists() and run_dir.Checkpoints(tmp_path / "run", 1).steps() == []
+        assert not (tmp_path / "x").exists() and Checkpoints(tmp_path / "run", 1).steps() == []
         assert (tmp_path / "run" / "plot.png").exists() and lines(tmp_path / "run")[0]["loss"] is None
 
 
@@ -135,7 +136,7 @@ def test_the_good_checkpoints_outlive_a_loss_that_is_not_finite(config, tmp_path
     with monkeypatch.context() as patch, pytest.raises(InputError, match=f"step 6: {what} is nan; .* is step 4 of"):
         patch.setattr(train.train_step, "jit_train_step", Spoiling)
         train.main(["--config", path])
-    assert run_dir.Checkpoints(tmp_path / "run", 1).steps() == [2, 4]
+    assert Checkpoints(tmp_path / "run", 1).steps() == [2, 4]
     train.main(["--config", path])
     assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, 13))
 
@@ -158,5 +159,5 @@ def test_ctrl_c_saves_and_ends_well(config, tmp_path):
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "Ctrl-C again" in output, output
     saved = int(re.search(r"stopped after step (\d+)", output)[1])
-    assert run_dir.Checkpoints(tmp_path / "run", keep=1).steps() == [saved] and len(lines(tmp_path / "run")) == saved
+    assert Checkpoints(tmp_path / "run", keep=1).steps() == [saved] and len(lines(tmp_path / "run")) == saved
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

