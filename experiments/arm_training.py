@@ -147,11 +147,11 @@ class Trainer:
             if self.arm.steps is None and time.perf_counter() - begin > 1.1 * seconds:
                 break
             if time.perf_counter() - saved > 60:  # a run that is cut off leaves this much
-                save_adapter(out, state.params, self.arm.lora, self.args.ckpt)
+                save_adapter(out, state.params, self.arm.lora, self.args.base, self.args.trained_on)
                 saved = time.perf_counter()
         jax.block_until_ready(state)
         used, done = time.perf_counter() - begin, dispatch * len(losses)
-        save_adapter(out, state.params, self.arm.lora, self.args.ckpt)
+        save_adapter(out, state.params, self.arm.lora, self.args.base, self.args.trained_on)
         curve = np.concatenate([np.asarray(sums) for sums in losses])
         curve = [metrics_of(part.sum(axis=0))["loss"] for part in np.array_split(curve, min(40, len(curve)))]
         tokens = done * self.arm.rows * self.args.tokens

@@ -26,7 +26,7 @@ from experiments.packed import conversations, encoded, own_examples, pack, promp
 from msn_jax import DecodeConfig, InputError, init, load
 from msn_jax.adapters import init_trained
 from msn_jax.errors import first_line
-from msn_jax.io.adapters import load_adapter
+from msn_jax.io.adapters import load_adapter, loaded_fingerprint
 from msn_jax.io.loading import LM
 from msn_jax.params import stack_layers
 from msn_jax.questions import read_questions, spread
@@ -51,6 +51,7 @@ def smaller(lm: LM) -> LM:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--ckpt", required=True)
+    p.add_argument("--base", help="how adapters name their base; left out: as --ckpt")
     p.add_argument("--adapter", help="a draft-only adapter to measure beside the arms")
     p.add_argument("--prompts", type=Path, nargs="*", default=[], help="rows whose prompts the model answers itself")
     p.add_argument("--tuning", type=Path, nargs="*", default=[], help="rows whose replies are learnt")
@@ -85,7 +86,8 @@ def main() -> None:
     questions = spread(read_questions(args.questions), args.limit)
     lm = load(args.ckpt)
     lm = smaller(lm) if args.small else lm
-    args.cfg = lm.cfg
+    args.cfg, args.base = lm.cfg, args.base or args.ckpt
+    args.trained_on = loaded_fingerprint(lm.params)
     fast = dataclasses.replace(lm, params=jax.tree.map(lambda x: x.astype(args.dtype), lm.params))
     frozen = stack_layers(fast.params)
     say(f"loaded; {len(questions)} questions, {jax.devices()[0].device_kind}")

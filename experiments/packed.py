@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.spec_bench import LOOPS, repeated_4grams
 from msn_jax import DecodeConfig
 from msn_jax.config import DataSource
-from msn_jax.data import encode_example
+from msn_jax.conversations import encode_example
 from msn_jax.decode.generate import generate_batches
 from msn_jax.decode.prompts import encode
 from msn_jax.io.loading import LM

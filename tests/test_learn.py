@@ -57,7 +57,7 @@ def test_a_dispatch_is_so_many_steps(tiny, tmp_path, name):
     rows = jax.device_put(pack(examples, 64))
     held = {name: x[None, :2] for name, x in rows.items()}
     settings = {"dtype": "float32", "activations": None, "remat": "none", "tokens": 64, "dispatch": 2}
-    args = argparse.Namespace(cfg=cfg, ckpt="base", **settings)
+    args = argparse.Namespace(cfg=cfg, ckpt="base", base="base", trained_on=None, **settings)
     arm, frozen = parse_arm(name, 2), stack_layers(params)
     arm = dataclasses.replace(arm, noise=dataclasses.replace(arm.noise, anchors=8))
     trainer = Trainer(arm, args, frozen, rows, held)

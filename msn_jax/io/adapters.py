@@ -115,15 +115,20 @@ def stored_fingerprint(cfg: ModelConfig, source: TensorSource) -> dict[str, Any]
     return fingerprint(map(source.read, ["model.norm.weight", *norms]), map(source.read, matrices))
 
 
+def loaded_fingerprint(params: Params) -> dict[str, Any]:
+    """`fingerprint` of weights in the form for decoding."""
+    layers = params.layers
+    norms = (params.final_norm, *(norm for layer in layers for norm in (layer.attn_norm, layer.mlp_norm)))
+    head = () if params.unembed is None else (params.unembed,)
+    return fingerprint(norms, (params.embed, layers[-1].down, *head))
+
+
 def check_base(adapter: Path, params: Params, name: str) -> None:
     """Warn where an adapter was trained on other weights than `params`, those of `name`, as far as it says."""
     settings = _settings(adapter)
     if "base_norms" not in settings:
         return
-    layers = params.layers
-    norms = (params.final_norm, *(norm for layer in layers for norm in (layer.attn_norm, layer.mlp_norm)))
-    head = () if params.unembed is None else (params.unembed,)
-    here, noted = fingerprint(norms, (params.embed, layers[-1].down, *head)), settings["base_sample"]
+    here, noted = loaded_fingerprint(params), settings["base_sample"]
     a, b = np.array(here["base_sample"]), np.array(noted)
     # Four bits a weight leave a cosine of 0.99; that of two models is near 0.
     alike = len(a) == len(b) and a @ b > 0.9 * np.linalg.norm(a) * np.linalg.norm(b)
