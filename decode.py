@@ -24,7 +24,9 @@ from msn_jax import DecodeConfig, InputError, load
 from msn_jax.chat import chat
 from msn_jax.decode.generate import Stream, generate_batches
 from msn_jax.decode.prompts import Row, as_chat, encode, read_prompts
+from msn_jax.decode.sources import recycling
 from msn_jax.decode.tree import METHODS, TREE_SETS, tree_set
+from msn_jax.decode.tune import tune_to
 from msn_jax.errors import named
 from msn_jax.io.loading import ACCEPTED
 from msn_jax.io.rows_out import STDOUT, check_outputs, rows_out
@@ -50,6 +52,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="one prompt; the chat template is applied")
     what.add_argument("--prompts", help="JSONL file, or - for stdin; rows have `prompt` (raw), `messages` or `turns`")
+    what.add_argument("--tune", help="JSONL file as --prompts: find the fastest trees for such, see --tune_out")
     what.add_argument("--chat", action="store_true", help="talk to the model; an empty line or Ctrl-D ends it")
     what.add_argument(
         "--plan", action="store_true", help="compile for a TPU slice, print memory and cost, decode nothing"
@@ -57,9 +60,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--system", help="what the model is told before a --chat")
     p.add_argument("--topology", default="v5e:2x4", help="TPU slice for --plan")
     p.add_argument("--method", default="tr-jacobi", choices=METHODS, help="how to draft")
-    p.add_argument(
-        "--tree", choices=sorted(TREE_SETS), help="token trees; default: those measured best for the backend"
-    )
+    p.add_argument("--tree", help=f"a file of --tune_out, or {', '.join(TREE_SETS)}; default: the best of the backend")
     p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of weights and computation")
     p.add_argument("--max_new_tokens", type=int, default=256)
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
@@ -70,6 +71,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--chat_template", default="auto", choices=("auto", "yes", "no"), help="auto: all but `prompt` rows")
     p.add_argument("--compare", action="store_true", help="also decode plainly (ar), and compare the tokens")
     p.add_argument("--html", help="write a page that shows what each pass accepted")
+    p.add_argument("--draft_memory", help="file of what recycling has learnt: read where it exists, and kept")
+    p.add_argument("--tune_out", help="JSON file that --tune writes and --tree reads")
     p.add_argument("--out", help="write one JSON line for each prompt to this file; - is stdout")
     return p.parse_args(argv)
 
@@ -99,6 +102,13 @@ def check_flags(args: argparse.Namespace, given: list[str]) -> None:
         raise InputError(f"--ckpt is missing; accepted: {ACCEPTED}")
     else:
         refuse("a run that is no --plan", "--topology")
+    if args.tune and not args.tune_out:
+        raise InputError("--tune measures for a file; give it with --tune_out")
+    if args.tune:
+        refuse("--tune", "--method", "--tree", "--batch_size", "--max_new_tokens", "--temperature", "--draft_memory")
+        refuse("--tune", "--out", "--html", "--compare")
+    else:
+        refuse("a run that is no --tune", "--tune_out")
     if args.chat:
         refuse("--chat", "--out", "--html", "--compare", "--batch_size", "--chat_template")
     else:
@@ -223,10 +233,11 @@ def main(argv: list[str] | None = None) -> None:
     config = DecodeConfig(**{name: value for name, value in vars(args).items() if name in fields})
     rows = None
     tree_set(config.method, config.tree)  # an impossible pair is refused before the weights are read
-    inputs = {"--prompts": args.prompts, "--ckpt": args.ckpt, "--adapter": args.adapter}
-    check_outputs({"--out": args.out, "--html": args.html}, inputs)
-    if args.prompts is not None:
-        rows = read_prompts(args.prompts, args.chat_template)
+    inputs = {"--prompts": args.prompts, "--tune": args.tune, "--ckpt": args.ckpt, "--adapter": args.adapter}
+    outputs = {"--tune_out": args.tune_out, "--draft_memory": args.draft_memory}
+    check_outputs({"--out": args.out, "--html": args.html, **outputs}, inputs)
+    if args.prompts is not None or args.tune is not None:
+        rows = read_prompts(args.tune if args.prompts is None else args.prompts, args.chat_template)
     elif args.prompt is not None:
         rows = [Row(0, args.prompt if args.chat_template == "no" else as_chat(args.prompt))]
 
@@ -236,9 +247,12 @@ def main(argv: list[str] | None = None) -> None:
         mesh = make_mesh(tensor=args.tensor) if args.tensor > 1 else None
         with named(ckpt="--ckpt", adapter="--adapter"):
             lm = load(args.ckpt, args.adapter, args.dtype, mesh)
-        if args.chat:
-            return chat(lm, config, args.system)
-        decode(lm, args, config, rows, write)
+        if args.tune:
+            return tune_to(args.tune_out, lm, [encode(lm, row.prompt) for row in rows])
+        with recycling.kept_table(lm, args.draft_memory) as lm:
+            if args.chat:
+                return chat(lm, config, args.system)
+            decode(lm, args, config, rows, write)
 
 
 def decode(lm, args: argparse.Namespace, config: DecodeConfig, rows: list[Row], write) -> None:

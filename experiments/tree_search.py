@@ -25,7 +25,8 @@ from tqdm import tqdm
 from msn_jax import InputError, load, unembed
 from msn_jax.config import DataSource
 from msn_jax.decode.prompts import encode
-from msn_jax.decode.tree import EITHER, JACOBI, LONGEST_MATCH, NOISE, TreeSet, TreeSpec, branching, chain
+from msn_jax.decode.sources.retrieval import retrieve
+from msn_jax.decode.tree import EITHER, JACOBI, NOISE, TreeSet, TreeSpec, branching, chain
 from msn_jax.io.tokenizer import encode_text
 from msn_jax.objectives.draft_only import drafted
 from msn_jax.params import stack_layers
@@ -68,21 +69,19 @@ def ranks(params, cfg, adapter, tokens):
     return jax.lax.map(one, (noise[0], places), batch_size=32)
 
 
+_retrieve = jax.jit(retrieve, static_argnums=2)
+
+
 def retrieval(text: list[int], most: int = 15) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """match, found, right of `Reply` at every place of a text, as decode/draft.py retrieves."""
+    """match, found, right of `Reply` at every place of a text, as sources/retrieval.py retrieves."""
+    tokens = jnp.asarray([text + [0] * (TOKENS - len(text))] * len(text), jnp.int32)
+    offered, match = _retrieve(tokens, jnp.arange(len(text)), most)
     out = np.zeros((3, len(text)), int)
-    for root in range(1, len(text)):
-        best, at = 0, -1
-        for end in range(root - 1, -1, -1):
-            length = 0
-            while length < min(LONGEST_MATCH, end + 1) and text[end - length] == text[root - length]:
-                length += 1
-            if length > best:
-                best, at = length, end
-        offered = text[at + 1 : root + 1][:most] if best else []
+    for root, path in enumerate(offered[:, 0].tolist()):
+        path = path[: path.index(-1)] if -1 in path else path
         truth = text[root + 1 :]
-        right = next((i for i, t in enumerate(offered) if i >= len(truth) or t != truth[i]), len(offered))
-        out[:, root] = best, len(offered), right
+        right = next((i for i, t in enumerate(path) if i >= len(truth) or t != truth[i]), len(path))
+        out[:, root] = match[root], len(path), right
     return tuple(out)
 
 

@@ -96,7 +96,7 @@ def _retrieved(prompt: list[int], result: Result) -> list[list[int]]:
     """By pass: the continuation that retrieval had for the text before it, as long as the longest pass."""
     text = np.array([*prompt, *result.tokens], np.int32)
     last = len(prompt) - 1 + np.array([0, *accumulate(result.accepted)][:-1], np.int32)
-    return retrieve(np.broadcast_to(text, (len(last), len(text))), last, max(result.accepted))[0].tolist()
+    return retrieve(np.broadcast_to(text, (len(last), len(text))), last, max(result.accepted))[0][:, 0].tolist()
 
 
 def write_html(path, title: str, prompt: str, runs: list[Run], settings: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from msn_jax import DecodeConfig, InputError, forward, generate, unembed
 from msn_jax.adapters import Parts, init_trained
 from msn_jax.config import LoraConfig, NoiseConfig
 from msn_jax.decode import TreeSet, init_state, prefill, step, tree_set
-from msn_jax.decode.tree import EITHER, branching, chain
+from msn_jax.decode.tree import EITHER, RETRIEVAL, branching, chain
 from msn_jax.io.adapters import load_adapter, save_adapter
 from msn_jax.objectives.draft_only import drafted, loss_sums
 from msn_jax.objectives.streams import draw_anchors
@@ -163,11 +163,11 @@ def test_a_simulated_tree_takes_the_passes_of_the_loop(tiny, adapter, drafter):
     long = chain(4, EITHER, "long", noise={0: 1, 1: 2, 4: 1})
     trees = TreeSet("two", (branching("small", 0, {(): 9, (1,): 5}, noise={(): 3, (0,): 1}), long), (0, 2))
     rank = lambda text: np.asarray(tree_search.ranks(stack_layers(params), cfg, adapter, jnp.asarray(text, jnp.int32)))
-    total = np.zeros(2, int)
+    total, most = np.zeros(2, int), trees.ask(RETRIEVAL)[0]
     for prompt in prompts:
         state, (reply,) = decode_all(params, cfg, trees, [prompt], drafter=drafter, max_new_tokens=60)
         text = prompt + reply
-        known = tree_search.Reply(len(prompt) - 1, len(text) - 1, rank(text), *tree_search.retrieval(text))
+        known = tree_search.Reply(len(prompt) - 1, len(text) - 1, rank(text), *tree_search.retrieval(text, most))
         assert tree_search.play(trees, [known]) == (60, state.passes.tolist())
         total += state.passes
     assert total.min() > 0 and total.sum() < 150  # of 180 tokens

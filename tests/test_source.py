@@ -1,18 +1,24 @@
 """Sources of drafts: none changes a token, each drafts what its rule says, played again in NumPy."""
 
+import collections
+import dataclasses
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import decode_all
 
-from msn_jax import DecodeConfig, InputError, forward, unembed
+from msn_jax import DecodeConfig, InputError, forward, generate, unembed
 from msn_jax.decode import TREE_SETS, TreeSet, TreeSpec, init_state, loop, tree_set
-from msn_jax.decode.source import Source, Text, fill
-from msn_jax.decode.sources import SOURCES, recycling
+from msn_jax.decode.source import Source, Text, Weights, fill
+from msn_jax.decode.sources import SOURCES, recycling, retrieval
 from msn_jax.decode.tree import JACOBI, LONGEST_MATCH, NOISE, RECYCLING, RETRIEVAL, ROOT, branching, chain
 from msn_jax.plan import cache_copies
 
+ROOT_DIR = Path(__file__).parent.parent
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 61, n).tolist() for n in (1, 9, 33, 70)]
 NEW = 40
@@ -119,6 +125,48 @@ def test_largest_is_top_k(vocab):
     np.testing.assert_array_equal(recycling.largest(jnp.asarray(logits), 8), jax.lax.top_k(logits, 8)[1])
 
 
+def retrieved(text, count, ranks):
+    """Every earlier end, every length, every vote, one at a time."""
+    ends = []
+    for end in range(len(text) - 1):
+        n = 0
+        while n <= end and n < LONGEST_MATCH and text[end - n] == text[len(text) - 1 - n]:
+            n += 1
+        if n:
+            ends.append((n, end))
+    ends = sorted(ends, reverse=True)[: retrieval.PLACES]
+    votes = collections.Counter()
+    for n, end in ends:
+        for length in range(1, count + 1):
+            if end + length < len(text):
+                votes[tuple(text[end + 1 : end + 1 + length])] += 2**n
+    chosen = []
+    for _ in range(ranks):
+        best, score = (), 0
+        for _, end in ends:
+            path = tuple(text[end + 1 : end + 1 + count])
+            worth = sum(votes[path[:length]] for length in range(1, len(path) + 1))
+            if worth > score and path[0] not in {other[0] for other in chosen if other}:
+                best, score = path, worth
+        chosen.append(best)
+    return [list(path) + [-1] * (count - len(path)) for path in chosen], ends[0][0] if ends else 0
+
+
+def test_retrieval_by_its_rule():
+    rng = np.random.default_rng(0)
+    find = jax.jit(retrieval.retrieve, static_argnums=(2, 3))
+    for _ in range(60):
+        length = int(rng.integers(1, 90))
+        text = rng.integers(0, 3, length).tolist()
+        tokens = np.full((1, 96), 2)  # what lies beyond the text must not be found
+        tokens[0, :length] = text
+        got, match = find(jnp.asarray(tokens, jnp.int32), jnp.array([length - 1]), 5, 3)
+        assert (got[0].tolist(), int(match[0])) == retrieved(text, 5, 3), text
+    # The longest match, of two tokens, says 5, 4 with 2^2 votes; three of one token say 6, 7 with 3 * 2^1.
+    text = [1, 6, 7, 1, 6, 7, 3, 1, 6, 7, 2, 1, 5, 4, 2, 1]
+    assert retrieved(text, 2, 2) == ([[6, 7], [5, 4]], 2)
+
+
 def recycle(logits_of, tree, table, text, count):
     """Token Recycling of one text in plain Python. Returns what each pass accepted; changes the table."""
     accepted = []
@@ -210,3 +258,38 @@ def test_the_loop_copies_neither_cache_nor_table(tiny, name, batch):
     hlo = loop.run.lower(params, state, 5, cfg=cfg, trees=TREE_SETS[name]).compile().as_text()
     for shape in ((batch, cfg.kv_heads, 256, cfg.head_dim), (batch, cfg.vocab_size, recycling.RANKS)):
         assert f"[{','.join(map(str, shape))}]" in hlo and cache_copies(hlo, shape) == []
+
+
+def test_a_table_is_kept_in_a_file(tmp_path, shallow):
+    path = tmp_path / "memory.npz"
+    table = recycling.read_table(path, shallow.cfg.vocab_size)
+    assert table.shape == (1, shallow.cfg.vocab_size, 8) and (table == -1).all()  # no file yet
+    lm = dataclasses.replace(shallow, memory={"recycling": table})
+    settings = dict(method="recycling", tree="recycle8", max_new_tokens=20)
+    first, again = (generate(lm, [[3, 4, 5]], **settings)[0] for _ in range(2))
+    plain = generate(shallow, [[3, 4, 5]], method="ar", max_new_tokens=20)[0]
+    assert first.tokens == again.tokens == plain.tokens and again.forwards < first.forwards
+    recycling.write_table(path, lm.memory["recycling"])
+    read = recycling.read_table(path, shallow.cfg.vocab_size)
+    np.testing.assert_array_equal(read, lm.memory["recycling"])
+    with pytest.raises(InputError, match="same vocabulary, 61 rows of 8 token ids"):
+        recycling.read_table(path, 61)
+    path.write_text("nothing")
+    with pytest.raises(InputError, match="memory.npz: cannot be read"):
+        recycling.read_table(path, 61)
+
+
+def test_the_sources_of_the_docs_draft(tiny):
+    cfg, params = tiny
+    code = re.findall(r"```python\n(.*?)```", (ROOT_DIR / "docs/drafts.md").read_text(), re.DOTALL)
+    names = {}
+    exec("\n".join(code), names)
+    plain = decode_all(params, cfg, TREE_SETS["root"], PROMPTS, max_new_tokens=NEW)[1]
+    for trees in (TreeSet("example", (names["tree"],), (0,)), names["trees"]):
+        assert decode_all(params, cfg, trees, PROMPTS, max_new_tokens=NEW)[1] == plain
+    root = jnp.array([7])
+    carry = {"following": None}
+    (own,) = names["trees"].sources
+    weights = {"following": Weights(params, None, cfg)}
+    drafts = fill(names["trees"].trees[0], (own,), weights, carry, carry, root)
+    assert drafts[0].tolist() == [7, 8, 9, 10, 11]

@@ -7,8 +7,8 @@ import pytest
 
 from msn_jax.decode import verify
 from msn_jax.decode.source import fill
-from msn_jax.decode.sources import SOURCES, jacobi, retrieval
-from msn_jax.decode.tree import EITHER, JACOBI, LONGEST_MATCH, NOISE, RETRIEVAL, ROOT, TreeSpec
+from msn_jax.decode.sources import SOURCES, jacobi
+from msn_jax.decode.tree import EITHER, JACOBI, NOISE, RETRIEVAL, ROOT, TreeSpec
 
 #        - 1(a) - 3(b) - 5(noise)
 #   0(r)
@@ -169,30 +169,6 @@ def test_noise_depends_on_seed_request_and_position():
         assert np.abs(one - other).min() > 0
 
 
-def python_retrieve(text, longest):
-    """Every earlier end, every length."""
-    best = (0, -1)
-    for end in range(len(text) - 1):
-        n = 0
-        while n <= end and n < longest and text[end - n] == text[len(text) - 1 - n]:
-            n += 1
-        best = max(best, (n, end))
-    return best
-
-
-def test_retrieve_matches_a_search_by_hand():
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        length = int(rng.integers(1, 40))
-        text = rng.integers(0, 3, length).tolist()
-        tokens = np.full((1, 48), 2)  # what lies beyond the text must not be found
-        tokens[0, :length] = text
-        got, match = retrieval.retrieve(jnp.asarray(tokens, jnp.int32), jnp.array([length - 1]), 5)
-        n, end = python_retrieve(text, LONGEST_MATCH)
-        expected = (text[end + 1 : end + 6] if n else []) + [-1] * 5
-        assert (int(match[0]), got[0].tolist()) == (n, expected[:5]), text
-
-
 def test_fill_takes_each_source_and_marks_the_empty():
     tree = TreeSpec(
         "fill",
@@ -201,7 +177,7 @@ def test_fill_takes_each_source_and_marks_the_empty():
     )
     nothing = {source.name: None for source in SOURCES}
     carry = nothing | {"jacobi": jnp.array([[[10, 11], [20, 21]]])}
-    scratch = nothing | {"retrieval": jnp.array([[30, -1]])}
+    scratch = nothing | {"retrieval": jnp.array([[[30, -1]]])}
     drafts = fill(tree, SOURCES, nothing, carry, scratch, jnp.array([1]))
     # Node 3 has the token of node 1, its sibling, so it takes its second choice.
     assert drafts[0].tolist() == [1, 30, -1, 10, 20, 21, -1]

@@ -198,7 +198,7 @@ def _check_lengths(lm: LM, prompts: Sequence[list[int]], decode: DecodeConfig) -
 
 
 def _trees(lm: LM, decode: DecodeConfig) -> TreeSet:
-    trees = tree_set(decode.method, decode.tree, lm.backend, lm.drafter is not None)
+    trees = tree_set(decode.method, decode.tree, lm.backend, lm.drafter is not None, decode.batch_size)
     depths = max(int(tree.noise_depth.max()) for tree in trees.trees)
     if lm.drafter is not None and depths > len(lm.drafter.noise_embed):
         raise InputError(
@@ -246,17 +246,18 @@ def _prefilled(lm: LM, prompts: list, first: int, size: int, decode: DecodeConfi
     # when they first run (0.6 to 1 s for SmolLM2).
     layout = tuple((x.shape, x.dtype, x.sharding) for x in jax.tree.leaves((lm.params, lm.drafter)))
     program = (lm.cfg, size, slots, layout)
-    decoding = (program, trees)
+    decoding = (program, trees, lm.memory is None)
     with _on_mesh(lm):
         if decoding not in _warm:
             logger.info("compiling for %d x %d tokens", size, slots)
             one_cycle = dataclasses.replace(decode, max_new_tokens=1)  # or it may need more slots than the prompts
             for tree in range(len(trees.trees)):
-                state = new_state([[0]] * size, one_cycle, lm.stop_ids).replace(tree=jnp.int32(tree))
+                nothing = jax.tree.map(jnp.zeros_like, lm.memory)
+                state = new_state([[0]] * size, one_cycle, lm.stop_ids, memory=nothing).replace(tree=jnp.int32(tree))
                 jax.block_until_ready(_run(lm, trees, state, 1))
             _warm.add(decoding)
         requests = list(range(first, first + size))
-        state = new_state([*prompts, *[[0]] * fill], decode, lm.stop_ids, requests=requests)
+        state = new_state([*prompts, *[[0]] * fill], decode, lm.stop_ids, requests=requests, memory=lm.memory)
         state = state.replace(done=jnp.arange(size) >= len(prompts))
         if (program, chunk) not in _warm and max(map(len, prompts)) > 1:
             dtype = state.activations
@@ -297,7 +298,10 @@ def _one_streamed(
 
 
 def _results(ready: _Ready, prompts: list, ids: Sequence, decode: DecodeConfig, seconds: float) -> list[Result]:
-    host = jax.device_get(ready.state.replace(cache=ready.state.cache.length))
+    memory = ready.lm.memory or {}
+    for name in memory.keys() & ready.state.drafts.keys():  # what was there has been given away
+        memory[name] = ready.state.drafts[name]
+    host = jax.device_get(ready.state.replace(cache=ready.state.cache.length, drafts=None))
     results = []
     for row, (prompt, id_) in enumerate(zip(prompts, ids, strict=True)):
         tokens = host.tokens[row, len(prompt) : host.cache[row] + 1].tolist()

@@ -188,6 +188,8 @@ def fill(tree: TreeSpec, sources: tuple[Source, ...], weights: dict, carry: dict
                 offered = jnp.where(repeats.any(axis=2), -1, offered)
             drafts = jnp.where(drafts >= 0, drafts, offered)
         tokens = _spread(drafts, nodes, tokens)
+    if tree.twins:
+        return tokens
     taken = _padded(siblings)
     repeats = (tokens[:, taken] == tokens[:, :, None]) & (taken >= 0)[None]
     return jnp.where(repeats.any(axis=2), -1, tokens)

@@ -37,6 +37,7 @@ class TreeSpec:
     name: str
     parents: tuple[int, ...]
     sources: tuple[tuple[str, int] | Preference, ...]
+    twins: bool = False  # whether a node may repeat an earlier sibling: to see what each source would have said
 
     def __post_init__(self):
         if len(self.parents) != len(self.sources) or not self.parents:
@@ -352,21 +353,28 @@ _DRAFT_ONLY = {
 }
 
 
-def tree_set(method: str, name: str | None = None, backend: str = "cpu", draft_only: bool = False) -> TreeSet:
+def tree_set(
+    method: str, name: str | None = None, backend: str = "cpu", draft_only: bool = False, batch: int = 1
+) -> TreeSet:
     """The trees a method decodes with: those of `name`, less the drafts that the method does not use.
 
-    draft_only: whether a draft-only adapter stands by, which has default trees of its own.
+    name: one of TREE_SETS, or a .json file of --tune_out, in which there is a set for each batch size; draft_only:
+    whether a draft-only adapter stands by, which has default trees of its own.
     Raises InputError for an unknown method or name, or where no draft is left.
     """
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}; accepted: {', '.join(METHODS)}")
-    if name is not None and name not in TREE_SETS:
-        raise InputError(f"unknown tree {name!r}; accepted: {', '.join(TREE_SETS)}")
+    from_file = name is not None and name.endswith(".json")
+    if name is not None and name not in TREE_SETS and not from_file:
+        raise InputError(f"unknown tree {name!r}; accepted: a .json file of --tune_out, {', '.join(TREE_SETS)}")
     if method == "ar":
         return TREE_SETS["root"]
+    from msn_jax.decode import tree_file  # which knows what a tree is
+
     backend = backend if backend in _DEFAULT else "gpu"  # jax has platforms beside these, all of them accelerators
     default = _DEFAULT[backend] | (_DRAFT_ONLY[backend] if draft_only else {})
-    base, uses = TREE_SETS[name or default[method]], _USES[method]
+    base = tree_file.read(name, batch) if from_file else TREE_SETS[name or default[method]]
+    uses = _USES[method]
     if uses is None:
         return base
     if RETRIEVAL in uses:

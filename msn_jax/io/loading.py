@@ -51,6 +51,7 @@ class LM:
     stop_ids: tuple[int, ...]  # every id that ends a reply
     drafter: DraftAdapter | None = None  # predicts at noise positions; replies are those of `params` alone
     mesh: Mesh | None = None  # that the weights are spread over; None: they lie on one device
+    memory: dict[str, jax.Array] | None = None  # of sources of drafts, by name, kept from batch to batch
 
     def __repr__(self) -> str:
         count = sum(p.size for p in jax.tree.leaves(self.params))

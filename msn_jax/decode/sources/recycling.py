@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import zipfile
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +16,7 @@ from jax import Array
 from msn_jax.cache import waiting_for
 from msn_jax.decode.source import Ask, At, Seen, Source, Text
 from msn_jax.decode.tree import PROBES, RECYCLING
+from msn_jax.errors import InputError, first_line
 
 RANKS = 8  # candidates kept for each token
 BLOCK = 128  # columns of logits that are looked through together
@@ -71,7 +77,7 @@ class Recycling(Source):
 def largest(logits: Array, count: int) -> Array:
     """`jax.lax.top_k(logits, count)[1]` for logits [..., V]. int32[..., count]
 
-    It looks for the `count` blocks with the largest maxima, and sorts these alone: on CPU XLA's takes ... of the time.
+    It looks for the `count` blocks with the largest maxima, and sorts these alone: XLA:CPU sorts a whole row.
     """
     V = logits.shape[-1]
     blocks = -(-V // BLOCK)
@@ -83,3 +89,40 @@ def largest(logits: Array, count: int) -> Array:
     within = jnp.take_along_axis(padded, best[..., None], axis=-2).reshape(*logits.shape[:-1], count * BLOCK)
     at = jax.lax.top_k(within, count)[1]
     return jnp.take_along_axis(best, at // BLOCK, axis=-1) * BLOCK + at % BLOCK
+
+
+@contextlib.contextmanager
+def kept_table(lm, path: str | Path | None):
+    """The model with a table that all its requests share, read from a file and written back; None: as it is."""
+    if path is None:
+        yield lm
+        return
+    memory = {RECYCLING: read_table(path, lm.cfg.vocab_size)}
+    yield dataclasses.replace(lm, memory=memory)
+    write_table(path, memory[RECYCLING])
+
+
+def read_table(path: str | Path, vocab_size: int) -> Array:
+    """A table that rows share, int32[1, V, RANKS], as `write_table` left it; empty where there is no such file.
+
+    Raises InputError for a file of something else, or of another vocabulary.
+    """
+    if not Path(path).exists():
+        return jnp.full((1, vocab_size, RANKS), -1, jnp.int32)
+    try:
+        with np.load(path) as file:
+            table = file[RECYCLING].astype(np.int32)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as e:
+        raise InputError(f"draft memory {path}: cannot be read ({first_line(e)})") from e
+    if table.shape != (vocab_size, RANKS) or table.min() < -1 or table.max() >= vocab_size:
+        wanted = f"{vocab_size} rows of {RANKS} token ids"
+        raise InputError(f"draft memory {path}: has shape {table.shape}; accepted: of the same vocabulary, {wanted}")
+    return jnp.asarray(table)[None]
+
+
+def write_table(path: str | Path, table: Array) -> None:
+    """Keep a shared table for later; the file that was there stays until the new one is whole."""
+    part = Path(f"{path}.partial")
+    with part.open("wb") as file:
+        np.savez_compressed(file, **{RECYCLING: np.asarray(table)[0]})
+    part.replace(path)

@@ -1,0 +1,309 @@
+"""Trees chosen by measurement: what a pass costs on this device, what each draft is worth on these prompts.
+
+Prompts are decoded once with a wide tree, the survey, and for every cycle it is kept which of its nodes were right. A
+smaller tree would have emitted one token and the deepest right node that it has. So trees are grown node by node, each
+time by the one that adds the most tokens, and cut where another node costs more time than its tokens save.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from msn_jax.config import DecodeConfig
+from msn_jax.decode import loop, tree_file
+from msn_jax.decode.source import Seen, Source
+from msn_jax.decode.sources.retrieval import retrieve
+from msn_jax.decode.tree import (
+    JACOBI,
+    LONGEST_MATCH,
+    NOISE,
+    PROBES,
+    RECYCLING,
+    RETRIEVAL,
+    ROOT,
+    TreeSet,
+    TreeSpec,
+    chain,
+    likely,
+)
+
+BATCHES = (1, 4, 8, 32)
+NODES = (1, 2, 4, 8, 16, 32, 64)
+CHUNK = 64  # tokens of a prefill pass
+WORTHLESS = 3.5  # a pass that costs so many of one token is wider than any tree pays for
+FROM = (0, 1, 3, 6)  # matches from which on another tree may be taken
+
+
+class Survey(Source):
+    """Drafts nothing. Carry bool[B, cycles, M]: which nodes of each pass were right, for greedy decoding; by forwards.
+    The confidence of a row stands in int32[B, cycles]."""
+
+    name = "survey"
+
+    def init(self, cfg, ask, batch, slots):
+        return jnp.zeros((batch, slots, ask.drafts), bool), jnp.zeros(batch, jnp.int32)
+
+    def level(self, weights, carry, scratch, at, tokens):
+        return jnp.full((len(tokens), len(at.nodes)), -1, jnp.int32), scratch
+
+    def observe(self, weights, carry, seen: Seen, ask):
+        parents = np.maximum(seen.tree.parents, 0)
+        wrong = (~seen.valid | (seen.tokens != seen.greedy[:, parents])).at[:, 0].set(False)
+        return ~(wrong[:, None, :] & seen.tree.ancestors[None]).any(axis=2)[:, : ask.drafts]
+
+    def update(self, weights, carry, news, text, live):
+        right, passes = carry
+        rows = jnp.arange(len(passes))
+        old = right[rows, passes]
+        return right.at[rows, passes].set(jnp.where(live[:, None], news, old)), passes + live.astype(jnp.int32)
+
+
+def survey_tree(depths: int) -> TreeSpec:
+    """Every source beside every other: a long chain of the best continuation and a short one of the second, recycled
+    tokens as a tree, and under the ends of short chains; with an adapter for `depths` noise tokens its candidates."""
+    odds = (0.45, 0.15, 0.08, 0.05, 0.035, 0.03, 0.025, 0.02)
+    parents, sources = list(likely("", 64, odds, RECYCLING).parents), [(ROOT, 0)]
+    sources += likely("", 64, odds, RECYCLING).sources[1:]
+
+    def hang(parent: int, *wants: tuple[str, int]) -> int:
+        parents.append(parent)
+        sources.append(wants[0])
+        return len(parents) - 1
+
+    for rank, length in ((0, 15), (1, 4)):
+        node = 0
+        for place in range(length):
+            node = hang(node, (RETRIEVAL, rank))
+            if place < 3:
+                for candidate in range(2):
+                    hang(node, (RECYCLING, candidate))
+    ends = [0]
+    if depths:
+        firsts = [hang(0, (JACOBI, rank)) for rank in range(8)]
+        for first in firsts[:3]:
+            for rank in range(3):
+                second = hang(first, (JACOBI, rank))
+                hang(second, (RECYCLING, 0))
+            hang(first, (RECYCLING, 0))
+            hang(first, (RECYCLING, 1))
+        ends += [node for node, parent in enumerate(parents) if parent == 0]
+    hang(0, ("survey", 0))
+    for node in ends if depths else []:
+        parents.append(node)
+        sources.append((NOISE, 0))
+        if node == 0 and depths > 1:
+            parents.append(len(parents) - 1)
+            sources.append((NOISE, 0))
+    return TreeSpec("survey", tuple(parents), tuple(sources), twins=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cycles:
+    """What the survey saw, of the cycles of all prompts."""
+
+    tree: TreeSpec
+    right: np.ndarray  # bool[cycles, drafts]
+    match: np.ndarray  # int[cycles]: the confidence of the row
+
+
+def survey(lm, prompts: Sequence[list[int]], max_new_tokens: int, batch: int = 4) -> Cycles:
+    """Decode the prompts (token ids) greedily with the survey's tree."""
+    tree = survey_tree(0 if lm.drafter is None else len(lm.drafter.noise_embed))
+    trees = TreeSet("survey", (tree,), (0,), sources=(Survey(),))
+    slots = loop.bucket(max(loop.slots_needed(len(p), max_new_tokens, trees.width, CHUNK) for p in prompts))
+    settings = DecodeConfig(max_new_tokens=max_new_tokens)
+    right, match = [], []
+    for at in range(0, len(prompts), batch):
+        rows = [*prompts[at : at + batch]]
+        rows += [[0]] * (batch - len(rows))
+        state = loop.init_state(
+            lm.cfg, trees, rows, settings, lm.stop_ids, slots=slots, dtype=lm.dtype, backend=lm.backend
+        )
+        state = state.replace(done=jnp.arange(batch) >= len(prompts) - at)
+        state = loop.prefill(lm.params, state, cfg=lm.cfg, chunk=CHUNK)
+        state, _ = loop.run(lm.params, state, 2**31 - 1, lm.drafter, cfg=lm.cfg, trees=trees)
+        seen, forwards, accepted = jax.device_get((state.drafts["survey"][0], state.forwards, state.accepted))
+        for row, prompt in enumerate(prompts[at : at + batch]):
+            passes = int(forwards[row]) - 1  # the last one was cut by the limit or a stop
+            root = len(prompt) - 1 + np.r_[0, np.cumsum(accepted[row, :passes])][:passes]
+            right.append(seen[row, :passes])
+            match.append(_matches(state.tokens[row], jnp.asarray(np.resize(root, slots)))[:passes])
+    return Cycles(tree, np.concatenate(right), np.concatenate(match))
+
+
+@jax.jit
+def _matches(tokens, roots):
+    return jax.lax.map(lambda root: retrieve(tokens[None], root[None], 1)[1][0], roots)
+
+
+def pass_seconds(lm, nodes: int, batch: int, slots: int = 512, cycles: int = 4, rounds: int = 3) -> float:
+    """The time of one cycle with so many nodes, at half-full slots; with an adapter a quarter of them are noise."""
+    noise = nodes // 4 if lm.drafter is not None else 0
+    tree = chain(nodes - 1 - noise, RECYCLING, noise={place: 1 for place in range(noise)})
+    trees = TreeSet("cost", (tree,), (0,))
+    prompt = np.random.default_rng(0).integers(0, lm.cfg.vocab_size, slots // 2).tolist()
+    settings = DecodeConfig(max_new_tokens=slots // 4)
+    times = []
+    for _ in range(rounds + 1):  # the first one compiles
+        state = loop.init_state(
+            lm.cfg, trees, [prompt] * batch, settings, (), slots=slots, dtype=lm.dtype, backend=lm.backend
+        )
+        jax.block_until_ready(state)
+        start = time.perf_counter()
+        state, _ = loop.run(lm.params, state, cycles, lm.drafter, cfg=lm.cfg, trees=trees)
+        jax.block_until_ready(state)
+        times.append((time.perf_counter() - start) / int(state.passes[0]))
+    return min(times[1:])
+
+
+def costs(lm, batch: int) -> dict[int, float]:
+    """Seconds of a pass by its nodes, up to where no tree can pay for it."""
+    seconds: dict[int, float] = {}
+    for nodes in NODES:
+        seconds[nodes] = pass_seconds(lm, nodes, batch)
+        if seconds[nodes] > WORTHLESS * seconds[NODES[0]]:
+            break
+    return seconds
+
+
+def grow(cycles: Cycles, which: np.ndarray, most: int) -> tuple[list[int], list[float]]:
+    """Draft nodes in the order in which they add most, and the tokens a pass with the first 0, 1, 2, ... of them."""
+    right, depth = cycles.right[which], cycles.tree.depth[: cycles.right.shape[1]]
+    chosen, reached = [0], np.zeros(len(right), int)
+    tokens = [1.0]
+    while len(chosen) <= most:
+        open_ = [n for n in range(1, len(depth)) if cycles.tree.parents[n] in chosen and n not in chosen]
+        if not open_:
+            break
+        gain = (np.maximum(depth[open_] - reached[:, None], 0) * right[:, open_]).sum(axis=0)
+        if not gain.max(initial=0):
+            break
+        best = open_[int(gain.argmax())]
+        chosen.append(best)
+        reached = np.maximum(reached, depth[best] * right[:, best])
+        tokens.append(1 + float(reached.mean()))
+    return chosen[1:], tokens
+
+
+def cut_out(tree: TreeSpec, nodes: Sequence[int], name: str, noise: bool) -> TreeSpec:
+    """The tree of these drafts. A node with a sibling from elsewhere takes the next rank where that one has its token.
+
+    noise: hang noise under the root, under its first three children and under the first child of the first.
+    """
+    kept, parents, sources, kinds = {0: 0}, [-1], [(ROOT, 0)], [ROOT]
+    for node in sorted(nodes):
+        above, (kind, rank) = kept[tree.parents[node]], tree.wants[node][0]
+        others = {k for k, parent in zip(kinds, parents, strict=True) if parent == above} - {kind}
+        kept[node] = len(parents)
+        parents.append(above)
+        kinds.append(kind)
+        sources.append(((kind, rank), (kind, rank + 1)) if others else (kind, rank))
+    ends = [0, *[n for n, parent in enumerate(parents) if parent == 0][:3]]
+    ends += [n for n, parent in enumerate(parents) if parent == ends[1]][:1] if len(ends) > 1 else []
+    for end in ends if noise else []:
+        parents.append(end)
+        sources.append((NOISE, 0))
+    return TreeSpec(name, tuple(parents), tuple(sources))
+
+
+def tokens_of(cycles: Cycles, which: np.ndarray, nodes: Sequence[int]) -> float:
+    """Tokens a pass of these drafts in these cycles."""
+    depth = cycles.tree.depth[list(nodes)] * cycles.right[which][:, list(nodes)]
+    return 1 + float(depth.max(axis=1, initial=0).mean()) if which.any() else 1.0
+
+
+def _within(cycles: Cycles, low: int, high: int) -> np.ndarray:
+    return (cycles.match >= low) & (cycles.match < high)
+
+
+def build(cycles: Cycles, seconds: dict[int, float], name: str, noise: bool) -> tuple[TreeSet, dict[str, Any]]:
+    """The set with the most tokens a second: for each range of matches a tree of its own size."""
+    cost = lambda nodes: float(np.interp(nodes, list(seconds), list(seconds.values())))
+    most = max(seconds)
+    # A range that no cycle was in goes with the one below it.
+    starts = [
+        0,
+        *[low for low, high in zip(FROM[1:], [*FROM[2:], LONGEST_MATCH + 1]) if _within(cycles, low, high).any()],
+    ]
+    ends = [*starts[1:], LONGEST_MATCH + 1]
+    ranges = [_within(cycles, low, high) for low, high in zip(starts, ends, strict=True)]
+    grown = [grow(cycles, which, most - 1) for which in ranges]
+    extra = 5 if noise else 0
+    size = lambda drafts: 1 + drafts + (extra if drafts else 0)
+    rate, sizes = 1 / cost(1), []
+    for _ in range(20):  # Dinkelbach: the best sizes at a rate give a better rate, until it stays
+        value = lambda tokens, drafts: tokens - rate * cost(size(drafts))  # noqa: B023
+        fits = [[d for d in range(len(tokens)) if size(d) <= most] for _, tokens in grown]
+        sizes = [max(f, key=lambda d: value(tokens[d], d)) for f, (_, tokens) in zip(fits, grown, strict=True)]  # noqa: B023
+        total = sum(w.sum() * tokens[d] for w, d, (_, tokens) in zip(ranges, sizes, grown, strict=True))
+        spent = sum(w.sum() * cost(size(d)) for w, d in zip(ranges, sizes, strict=True))
+        rate = total / spent
+    drafts = [sorted(nodes[:d]) for d, (nodes, _) in zip(sizes, grown, strict=True)]
+    first = [i for i, nodes in enumerate(drafts) if i == 0 or nodes != drafts[i - 1]]
+    specs = tuple(cut_out(cycles.tree, drafts[i], f"{name}-{starts[i]}", noise and bool(drafts[i])) for i in first)
+    repeat = np.diff([*starts, LONGEST_MATCH + 1])
+    worth = tuple(
+        tuple(np.repeat([round(tokens_of(cycles, which, drafts[i]), 4) for which in ranges], repeat).tolist())
+        for i in first
+    )
+    spent = tuple(round(1e3 * cost(tree.size), 4) for tree in specs)
+    figures = {
+        "tokens_a_pass": round(total / len(cycles.match), 3),
+        "ratio_to_one_token": round(rate * cost(1), 3),
+        "nodes": [tree.size for tree in specs],
+    }
+    return TreeSet(name, specs, tuple(starts[i] for i in first), worth, spent), figures
+
+
+def candidates(cycles: Cycles) -> dict[str, float]:
+    """How often a node of each source, rank and depth was right where its parent was, by its place in the survey."""
+    right, tree, out = cycles.right, cycles.tree, {}
+    for node in np.flatnonzero(~tree.kind(ROOT, *PROBES, "survey")):
+        above = right[:, tree.parents[node]]
+        kind, rank = tree.wants[node][0]
+        key = f"{kind} rank {rank} depth {tree.depth[node]}"
+        if key not in out and above.sum():
+            out[key] = round(float(right[above, node].mean()), 4)
+    return out
+
+
+def tune_to(path: str, lm, prompts: Sequence[list[int]]) -> None:
+    """Tune on prompts (token ids) and write the sets to a file."""
+    with contextlib.nullcontext() if lm.mesh is None else jax.set_mesh(lm.mesh):
+        tree_file.write(path, *tune(lm, prompts))
+    print(f"wrote {path}")
+
+
+def tune(
+    lm,
+    prompts: Sequence[list[int]],
+    batches: Sequence[int] = BATCHES,
+    max_new_tokens: int = 64,
+    say: Callable[[str], None] = print,
+) -> tuple[dict[int, TreeSet], dict[str, Any]]:
+    """The best tree set for each batch size, and the figures behind them. prompts: token ids."""
+    cycles = survey(lm, prompts, max_new_tokens)
+    say(f"surveyed {len(cycles.match)} passes of {len(prompts)} prompts")
+    sets, by_batch = {}, {}
+    for batch in batches:
+        seconds = costs(lm, batch)
+        sets[batch], figures = build(cycles, seconds, f"tuned{batch}", lm.drafter is not None)
+        by_batch[batch] = {**figures, "cost_ms": {n: round(1e3 * s, 3) for n, s in seconds.items()}}
+        say(f"batch {batch}: {figures}")
+    device = jax.devices(lm.backend)[0].device_kind
+    return sets, {
+        "ckpt": lm.name,
+        "device": device,
+        "dtype": str(jnp.dtype(lm.dtype)),
+        "prompts": len(prompts),
+        "batches": by_batch,
+        "right_frac": candidates(cycles),
+    }

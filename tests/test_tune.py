@@ -1,0 +1,108 @@
+"""Trees by measurement: the survey against the loop, and the choice from figures made by hand."""
+
+import json
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import decode_all
+
+from msn_jax import InputError
+from msn_jax.decode import TreeSet, TreeSpec, tree_file, tree_set, tune
+from msn_jax.decode.tree import JACOBI, LONGEST_MATCH, NOISE, RECYCLING, RETRIEVAL, ROOT, chain
+
+PROMPTS = [np.random.default_rng(n).integers(0, 61, n).tolist() for n in (3, 9, 30)]
+
+
+@pytest.fixture
+def lm(tiny):
+    cfg, params = tiny
+    return SimpleNamespace(
+        cfg=cfg, params=params, drafter=None, stop_ids=(), dtype=jnp.float32, backend="cpu", name="tiny"
+    )
+
+
+def test_a_tree_cut_from_the_survey_takes_as_many_tokens_as_was_seen(lm):
+    cycles = tune.survey(lm, PROMPTS, 40, batch=2)
+    assert cycles.right.any(axis=1).mean() > 0.1 and cycles.match.max() > 1
+    everything = range(1, cycles.right.shape[1])
+    expected = tune.tokens_of(cycles, np.ones(len(cycles.match), bool), everything)
+    trees = TreeSet("survey", (cycles.tree,), (0,), sources=(tune.Survey(),))
+    state, _ = decode_all(lm.params, lm.cfg, trees, PROMPTS, max_new_tokens=40)
+    passes = [state.accepted[b, : state.forwards[b] - 1] for b in range(3)]
+    assert expected == pytest.approx(np.concatenate(passes).mean())
+
+
+HAND = TreeSpec(
+    "hand",
+    (-1, 0, 1, 0, 0, 4),
+    ((ROOT, 0), (RETRIEVAL, 0), (RETRIEVAL, 0), (RECYCLING, 0), (RECYCLING, 1), (RECYCLING, 0)),
+    twins=True,
+)
+#                                root 1  2  3  4  5
+RIGHT = np.array([[1, 0, 0, 1, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 0, 0, 0, 1, 0]], bool)
+CYCLES = tune.Cycles(HAND, RIGHT, np.array([0, 8, 8, 0]))
+
+
+def test_nodes_are_added_by_what_they_bring():
+    whole = np.ones(4, bool)
+    assert tune.grow(CYCLES, whole, 9) == ([1, 2, 3, 4], [1, 1.5, 2, 2.25, 2.5])  # node 5 was never right
+    assert tune.grow(CYCLES, np.arange(4) == 3, 9) == ([4], [1, 2])
+    assert tune.tokens_of(CYCLES, whole, [2, 3]) == 1 + (1 + 2 + 2) / 4
+
+
+def test_a_set_has_for_each_match_what_pays():
+    trees, figures = tune.build(CYCLES, {1: 1.0, 2: 1.1, 3: 1.2, 8: 9.0}, "made", noise=False)
+    # Without a match two recycled nodes, with a long one two retrieved ones: 2 and 3 tokens for 1.2.
+    assert [tree.size for tree in trees.trees] == [3, 3] and trees.min_match == (0, 6)
+    assert trees.trees[0].sources == ((ROOT, 0), (RECYCLING, 0), (RECYCLING, 1))
+    assert trees.trees[1].sources == ((ROOT, 0), (RETRIEVAL, 0), (RETRIEVAL, 0))
+    assert trees.worth[0][0] == 2 and trees.worth[1][-1] == 3 and trees.cost == (1200, 1200)
+    assert figures == {"tokens_a_pass": 2.5, "ratio_to_one_token": 2.083, "nodes": [3, 3]}
+    dear, _ = tune.build(CYCLES, {1: 1.0, 2: 9.0, 8: 9.0}, "dear", noise=False)
+    assert [tree.size for tree in dear.trees] == [1]
+
+
+def test_a_cut_tree_keeps_second_choices_and_noise():
+    tree = tune.cut_out(HAND, [1, 3, 4, 5], "cut", noise=True)
+    assert tree.parents == (-1, 0, 0, 0, 3, 0, 1, 2, 3)
+    second = ((RECYCLING, 0), (RECYCLING, 1)), ((RECYCLING, 1), (RECYCLING, 2))
+    assert tree.sources == ((ROOT, 0), (RETRIEVAL, 0), *second, (RECYCLING, 0), *[(NOISE, 0)] * 4)
+
+
+def test_tuned_sets_are_written_and_read_back(tmp_path, lm, monkeypatch):
+    monkeypatch.setattr(tune, "costs", lambda lm, batch: {1: 1.0, 8: 1.0 + 0.1 * batch, 64: 9.0})
+    said = []
+    sets, figures = tune.tune(lm, PROMPTS, batches=(1, 8), max_new_tokens=30, say=said.append)
+    path = tmp_path / "trees.json"
+    tree_file.write(path, sets, figures)
+    assert json.loads(path.read_text())["batches"]["8"]["cost_ms"] == {"1": 1000, "8": 1800, "64": 9000}
+    assert tree_set("tr-jacobi", str(path)) == sets[1] and tree_set("tr-jacobi", str(path), batch=5) == sets[8]
+    plain = decode_all(lm.params, lm.cfg, tree_set("ar"), PROMPTS, max_new_tokens=30)[1]
+    for trees in sets.values():
+        assert decode_all(lm.params, lm.cfg, trees, PROMPTS, max_new_tokens=30)[1] == plain
+
+
+def test_with_an_adapter_the_survey_asks_noise_too():
+    tree = tune.survey_tree(4)
+    assert tree.kind(NOISE).sum() > 5 and tree.kind(JACOBI).sum() > 10
+    assert not tune.survey_tree(0).kind(NOISE, JACOBI).any()
+
+
+def test_a_pass_is_timed(lm):
+    assert tune.pass_seconds(lm, 4, 2, slots=256, cycles=2, rounds=1) > 0
+
+
+def test_what_is_no_tree_file_is_refused(tmp_path):
+    path = tmp_path / "trees.json"
+    with pytest.raises(InputError, match="trees.json: No such file"):
+        tree_set("tr-jacobi", str(path))
+    for text in ("{}", "[1]", '{"sets": {}}', '{"sets": {"1": {"name": "x", "trees": [{}]}}}', "{"):
+        path.write_text(text)
+        with pytest.raises(InputError, match="not one that --tune_out wrote"):
+            tree_set("tr-jacobi", str(path))
+    wrong = tree_file.to_dict(TreeSet("wrong", (chain(1, RECYCLING),), (0,)))
+    path.write_text(json.dumps({"sets": {"1": wrong | {"cost": [1.0]}}}))
+    with pytest.raises(InputError, match=f"a cost and {LONGEST_MATCH + 1} worths"):
+        tree_set("tr-jacobi", str(path))
