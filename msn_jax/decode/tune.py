@@ -256,8 +256,8 @@ def build(cycles: Cycles, seconds: dict[int, float], name: str, noise: bool) -> 
     )
     spent = tuple(round(1e3 * cost(tree.size), 4) for tree in specs)
     figures = {
-        "tokens_a_pass": round(total / len(cycles.match), 3),
-        "ratio_to_one_token": round(rate * cost(1), 3),
+        "tokens_a_pass": round(float(total) / len(cycles.match), 3),
+        "ratio_to_one_token": round(float(rate) * cost(1), 3),
         "nodes": [tree.size for tree in specs],
     }
     return TreeSet(name, specs, tuple(starts[i] for i in first), worth, spent), figures
