@@ -7,6 +7,8 @@ import pytest
 from msn_jax import DecodeConfig, InputError, chat
 from msn_jax.io.tokenizer import require_template
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def talk(tiny_lm, monkeypatch, capsys):

@@ -14,6 +14,8 @@ import train
 from msn_jax import InputError, chat, load
 from msn_jax.decode.prompts import read_prompts, read_row
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 
 

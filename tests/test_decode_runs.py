@@ -10,6 +10,8 @@ import decode
 import train
 from msn_jax import generate, load
 
+pytestmark = pytest.mark.slow
+
 CHAT = [[{"role": "user", "content": "Count from 3 by 2."}]]
 KINDS = {
     "all weights": {},

@@ -228,6 +228,7 @@ def test_an_id_without_an_embedding_is_refused(make):
             open_checkpoint(str(make(vocab=LETTERS | {"q": beyond})))
 
 
+@pytest.mark.slow
 def test_spare_tokens_load_and_are_refused_in_a_prompt(make, capsys, tmp_path, monkeypatch):
     # A row of letters that nothing merges, and an added token: no text has the first, and only its own name the other.
     full = {chr(33 + i): i for i in range(93)} | {chr(161 + i): 93 + i for i in range(4)}

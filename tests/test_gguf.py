@@ -65,6 +65,7 @@ def write(path, name, quantised=None, fields=(), change=None):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["linear", "qwen2", "qwen3", "starcoder2"])
 def test_every_architecture_equals_its_torch_golden(tmp_path, name):
     linear = [("add_rope_scaling_type", gguf.RopeScalingType.LINEAR), ("add_rope_scaling_factor", 4.0)]

@@ -8,6 +8,8 @@ from msn_jax import generate
 from msn_jax.decode.prompts import encode
 from msn_jax.page import OWN, PREDICTED, RETRIEVED, run_of, write_html
 
+pytestmark = pytest.mark.slow
+
 
 def found_by_hand(text, count):
     """What followed the longest earlier occurrence of the text's end, up to 16 tokens of it; the latest counts."""

@@ -94,6 +94,7 @@ def test_a_hub_id_may_name_a_subset(monkeypatch):
     assert calls == [(("openai/gsm8k", "main"), {"split": "test"}), (("org/name", None), {"split": "train"})]
 
 
+@pytest.mark.slow
 def test_the_standard_library_teaches_functions():
     source = DataSource(path="stdlib")
     rows = list(read_rows(source))

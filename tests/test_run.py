@@ -154,6 +154,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_checkpoint_is_skipped_and_its_step_saved_again(tmp_path, state, damage, capfd):
     saved(tmp_path, state)

@@ -48,6 +48,7 @@ def log_p(lm, ids, start):
     return sum(scores[i - 1, ids[i]] for i in range(start, len(ids)))
 
 
+@pytest.mark.slow
 def test_the_last_token_need_not_fit(golden):
     lm, _ = golden
     most = lm.cfg.max_position
@@ -92,6 +93,7 @@ def harness(golden, monkeypatch):
     sys.modules.pop("evals.lm_eval_model")
 
 
+@pytest.mark.slow
 def test_the_harness_is_given_texts_behind_bos(harness):
     text = "what follows bos"
     ids = [5 + ord(c) % 50 for c in text]

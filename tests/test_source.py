@@ -223,6 +223,7 @@ def test_recycling_by_its_rule(tiny):
     assert sum(expected) > len(expected) and len(table) > 30
 
 
+@pytest.mark.slow
 def test_rows_share_a_table_that_is_given(tiny):
     cfg, params = tiny
     shared = {"recycling": jnp.full((1, cfg.vocab_size, recycling.RANKS), -1)}
@@ -250,6 +251,7 @@ def test_a_finished_row_teaches_a_shared_table_nothing(tiny):
     assert first[0, jnp.array([5, 6, 7]), 0].tolist() == [0, 8, -1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("name", ["recycle8", "mix16"])
 def test_the_loop_copies_neither_cache_nor_table(tiny, name, batch):

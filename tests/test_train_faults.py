@@ -16,6 +16,8 @@ from msn_jax import InputError
 from msn_jax.io import run_dir
 from msn_jax.io.checkpoints import Checkpoints
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def base(config, tmp_path):

@@ -108,6 +108,7 @@ def test_keep_top_matches_numpy(top_k, top_p):
         assert set(np.flatnonzero(kept)) == numpy_keep(row, top_k, top_p)
 
 
+@pytest.mark.slow
 def test_near_ties_of_sampling_are_those_that_change_the_draw():
     # The edges of top-k and top-p moved by hand: sets of tokens in NumPy, the best of each by its score.
     n, zero, one, rng = 800, jnp.int32(0), jnp.float32(1), np.random.default_rng(1)
@@ -137,12 +138,14 @@ def test_near_ties_of_sampling_are_those_that_change_the_draw():
     assert 10 < sum(expected_p) < n / 2 and 10 < sum(expected_k) < n / 2 and close.sum() < 10
 
 
+@pytest.mark.slow
 def test_near_ties_of_greedy_decoding_are_close_scores():
     greedy = verify.Sampling(jnp.float32(0), jnp.int32(0), jnp.float32(1), jnp.uint32(0))
     tie = lambda *logits: bool(verify.near_tie(jnp.array(logits), jnp.int32(3), jnp.int32(0), greedy))
     assert tie(1.0, 2.0, 2.0005) and not tie(1.0, 2.0, 2.0015) and not tie(1.0, 1.0, 2.0)
 
 
+@pytest.mark.slow
 def test_samples_follow_the_softmax():
     logits = jnp.array([1.0, 0.0, -1.0, 2.0])
     n = 4000
@@ -157,6 +160,7 @@ def test_samples_follow_the_softmax():
     assert (np.abs(share - p) <= 5 * np.sqrt(p * (1 - p) / n)).all()
 
 
+@pytest.mark.slow
 def test_noise_depends_on_seed_request_and_position():
     logits = jnp.zeros((1, 8))
     base = dict(temperature=jnp.float32(1), top_k=jnp.int32(0), top_p=jnp.float32(1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ class Loop:
     slots: int
     chunk: int
     max_new_tokens: int
-    program: object = None
+    program: Any = None
 
     def __post_init__(self):
         method, _, tree = self.arm.partition(":")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def from_gguf(meta: dict[str, Any]) -> tuple[PreTrainedTokenizerBase, set[int]]:
     Raises InputError for a tokenizer model or pre-tokenizer that is not in the tables above, and for damaged fields.
     """
     there = {key: value for key, value in meta.items() if value is not None}
-    get = lambda name, default=None: there.get(f"tokenizer.{name}", default)
+    get: Callable[..., Any] = lambda name, default=None: there.get(f"tokenizer.{name}", default)
     model = get("ggml.model")
     if model not in ("gpt2", "llama"):
         raise InputError(f"GGUF tokenizer model {model!r} is not supported; accepted: gpt2, llama")
@@ -132,7 +132,7 @@ def _roles(get, model: str, names: list[str]) -> dict[str, str]:
             taken = "none" if default is None else f"{default}, the default"
             warn(f"GGUF: tokenizer.ggml.{key}_token_id = {i} is no token of {len(names)}; taken: {taken}")
             i = default
-        if i in range(len(names)):
+        if i is not None and i in range(len(names)):
             roles[f"{role}_token"] = names[i]
     return roles
 
