@@ -25,7 +25,7 @@ from msn_jax.chat import chat
 from msn_jax.decode.generate import Stream, generate_batches
 from msn_jax.decode.prompts import Row, as_chat, encode, read_prompts
 from msn_jax.decode.sources import recycling
-from msn_jax.decode.tree import METHODS, TREE_SETS, tree_set
+from msn_jax.decode.tree_sets import METHODS, TREE_SETS, tree_set
 from msn_jax.decode.tune import tune_to
 from msn_jax.errors import named
 from msn_jax.io.loading import ACCEPTED

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from msn_jax import DecodeConfig, InputError, load
 from msn_jax.decode.generate import generate_batches, is_near_tie
 from msn_jax.decode.prompts import encode
-from msn_jax.decode.tree import tree_set
+from msn_jax.decode.tree_sets import tree_set
 from msn_jax.questions import read_questions, spread
 from msn_jax.records import keep_rows, kept_rows, print_record
 from msn_jax.terminal import run_command

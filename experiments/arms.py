@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from benchmarks.spec_bench import split_method
-from msn_jax.decode.tree import NOISE, TREE_SETS
+from msn_jax.decode.tree import NOISE
+from msn_jax.decode.tree_sets import TREE_SETS
 from msn_jax.errors import InputError
 
 NOISY = ("paper", "several", "several-1", "several-4", "several-8", "random")

@@ -16,8 +16,10 @@ from msn_jax.shapes import SHAPES
 class DecodeConfig:
     """How to generate. All but `method`, `tree` and `batch_size` are traced: changing them compiles nothing."""
 
-    method: str = setting("tr-jacobi", "how to draft, see decode.tree.METHODS")
-    tree: str | None = setting(None, "token trees; null: those measured best for the backend, see decode.tree.tree_set")
+    method: str = setting("tr-jacobi", "how to draft, see decode.tree_sets.METHODS")
+    tree: str | None = setting(
+        None, "token trees; null: those measured best for the backend, see decode.tree_sets.tree_set"
+    )
     max_new_tokens: int = setting(256, "tokens to generate at most", least=1)
     batch_size: int = setting(1, "prompts decoded side by side", least=1)
     temperature: float = setting(

@@ -23,7 +23,8 @@ from msn_jax.adapters import declare_trained
 from msn_jax.cache import cache_spec
 from msn_jax.config import DecodeConfig, RunConfig
 from msn_jax.decode import loop
-from msn_jax.decode.tree import TreeSet, tree_set
+from msn_jax.decode.tree import TreeSet
+from msn_jax.decode.tree_sets import tree_set
 from msn_jax.errors import InputError, first_line
 from msn_jax.io import hf
 from msn_jax.io.gguf import GGUFSource

@@ -5,17 +5,15 @@ from msn_jax import InputError
 from msn_jax.decode.tree import (
     EITHER,
     JACOBI,
-    METHODS,
     NOISE,
     RETRIEVAL,
     ROOT,
-    TREE_SETS,
     TreeSet,
     TreeSpec,
     branching,
     chain,
-    tree_set,
 )
+from msn_jax.decode.tree_sets import METHODS, TREE_SETS, tree_set
 
 #   0 - 1 - 3 - 4(noise)
 #    \- 2

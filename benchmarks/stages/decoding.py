@@ -18,8 +18,7 @@ from msn_jax.decode.verify import NEAR_TIE
 from msn_jax.questions import read_questions, spread
 
 DTYPE = "bfloat16"
-# METHOD[:TREE], with the adapter (+) or without, in order of worth. Trees that are not in TREE_SETS are those of
-# wide.py.
+# METHOD[:TREE], with the adapter (+) or without, in order of worth.
 ARMS = (
     "ar",
     "tr-jacobi:mix64",

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.stages.wide import WIDE
 from msn_jax import DecodeConfig
 from msn_jax.decode import loop, tree_set
 from msn_jax.model import forward, unembed
@@ -32,8 +31,7 @@ class Loop:
 
     def __post_init__(self):
         method, _, tree = self.arm.partition(":")
-        drafter = self.lm.drafter is not None
-        self.trees = WIDE[tree] if tree in WIDE else tree_set(method, tree or None, self.lm.backend, drafter)
+        self.trees = tree_set(method, tree or None, self.lm.backend, self.lm.drafter is not None)
         self.decode = DecodeConfig(method=method, max_new_tokens=self.max_new_tokens)
 
     def state(self, prompts: list[list[int]], max_new_tokens: int | None = None):

@@ -1,7 +1,8 @@
 """Draft, verify, commit: see loop.py for the cycle, tree.py for the trees, generate.py for whole prompts."""
 
 from msn_jax.decode.loop import DecodeState, init_state, prefill, run, step
-from msn_jax.decode.tree import TREE_SETS, TreeSet, TreeSpec, tree_set
+from msn_jax.decode.tree import TreeSet, TreeSpec
+from msn_jax.decode.tree_sets import TREE_SETS, tree_set
 
 __all__ = [
     "TREE_SETS",

@@ -17,7 +17,8 @@ import numpy as np
 from msn_jax.config import DecodeConfig
 from msn_jax.decode import loop
 from msn_jax.decode.prompts import encode, shown
-from msn_jax.decode.tree import TreeSet, tree_set
+from msn_jax.decode.tree import TreeSet
+from msn_jax.decode.tree_sets import tree_set
 from msn_jax.decode.verify import near_tie
 from msn_jax.errors import InputError
 from msn_jax.io.loading import LM

@@ -1,11 +1,10 @@
-"""Wide trees for devices where a pass of many nodes costs little: all sources of drafts, and noise under many ends."""
+"""Wide trees, for devices where a pass of many nodes costs little: all sources of drafts, noise under many ends."""
 
 from __future__ import annotations
 
 import heapq
 
-from msn_jax.decode import TreeSet, TreeSpec
-from msn_jax.decode.tree import JACOBI, NOISE, RECYCLING, RETRIEVAL, ROOT
+from msn_jax.decode.tree import JACOBI, NOISE, RECYCLING, RETRIEVAL, ROOT, TreeSpec
 
 # How often a candidate is the next token: of the adapter's by rank under the root; below a draft its own next
 # prediction, then what the model said after that token before, by rank.
@@ -23,7 +22,7 @@ def candidates(depth: int) -> list[tuple[float, tuple]]:
     return list(zip(BELOW, [first, *others], strict=True))
 
 
-def wide(name: str, retrieval: int, drafts: int, ends: int) -> TreeSet:
+def wide(name: str, retrieval: int, drafts: int, ends: int) -> TreeSpec:
     """A retrieved chain, the `drafts` likeliest candidates, and a chain of noise under the `ends` likeliest nodes."""
     parents, sources = list(range(-1, retrieval)), [(ROOT, 0)] + [((RETRIEVAL, 0), (RECYCLING, 0))] * retrieval
     reached = {0: 1.0}
@@ -41,10 +40,4 @@ def wide(name: str, retrieval: int, drafts: int, ends: int) -> TreeSet:
         for place in range(NOISE_LENGTH):
             parents.append(len(parents) - 1 if place else node)
             sources.append((NOISE, 0))
-    return TreeSet(name, (TreeSpec(name, tuple(parents), tuple(sources)),), (0,))
-
-
-WIDE = {
-    "wide64": wide("wide64", 11, 31, 7),
-    "wide112": wide("wide112", 15, 60, 12),
-}
+    return TreeSpec(name, tuple(parents), tuple(sources))

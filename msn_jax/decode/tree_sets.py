@@ -1,0 +1,124 @@
+"""The trees to choose from by name, and those that a method decodes with by default."""
+
+from __future__ import annotations
+
+from msn_jax.decode import tree_file
+from msn_jax.decode.tree import (
+    EITHER,
+    JACOBI,
+    NOISE,
+    PROBES,
+    RECYCLING,
+    RETRIEVAL,
+    ROOT,
+    TreeSet,
+    TreeSpec,
+    branching,
+    chain,
+    likely,
+)
+from msn_jax.decode.wide import wide
+from msn_jax.errors import InputError
+
+# The reference decoder of the paper: the 63 nodes of Medusa's mc_sim_7b_63 and a retrieval chain of 5.
+_MEDUSA_63 = {
+    **{(): 10, (0,): 10, (1,): 7, (2,): 3, (3,): 2, (4,): 1, (5,): 1, (6,): 1, (7,): 1, (8,): 1, (9,): 1},
+    **{(0, 0): 10, (0, 1): 3, (0, 2): 2, (0, 3): 1, (0, 4): 1, (0, 5): 1, (0, 6): 1, (0, 7): 1},
+    **{(1, 0): 2, (2, 0): 1, (0, 0, 0): 2},
+}
+
+_DRAFT_16, _NOISE_16 = {(): 6, (0,): 2}, {(): 2, (0,): 2, (1,): 2, (0, 0): 1}
+
+# How often a recycled token of each rank is the next one.
+_ODDS = (0.45, 0.15, 0.08, 0.05, 0.035, 0.03, 0.025, 0.02)
+
+_ROOT = TreeSpec("root", (-1,), ((ROOT, 0),))
+_TREES = (
+    _ROOT,
+    chain(3, EITHER, "chain4"),
+    chain(7, EITHER, "chain8"),
+    chain(15, EITHER, "chain16"),
+    branching("small13", 5, {(): 3, (0,): 2, (0, 0): 1, (1,): 1}),
+    branching("msn69", 5, _MEDUSA_63),
+    # For a draft-only adapter: noise under the root and under the drafts most likely to end the accepted path. Found
+    # by simulation (experiments/tree_search.py, LOG.md).
+    branching("draft6", 0, {(): 2}, noise={(): 1, (0,): 1, (1,): 1}),
+    branching("draft8", 0, {(): 3}, noise={(): 1, (0,): 1, (1,): 1, (2,): 1}),
+    branching("draft13", 0, {(): 4, (0,): 2}, noise={(): 2, (0,): 2, (1,): 1, (0, 0): 1}),
+    branching("draft13mix", 3, {(): 3}, noise={(): 2, (0,): 2, (1,): 2}),
+    branching("draft8mix", 2, {(): 2}, noise={(): 1, (0,): 1, (1,): 1}),
+    chain(5, EITHER, "draft8long", noise={0: 1, 1: 1}),
+    chain(13, EITHER, "draft16long", noise={0: 1, 1: 1}),
+    branching("draft16", 0, _DRAFT_16, noise=_NOISE_16),
+    branching("draft21", 5, _DRAFT_16, noise=_NOISE_16),
+    likely("recycle8", 7, _ODDS, RECYCLING),
+    likely("recycle16", 15, _ODDS, RECYCLING),
+    likely("recycle64", 63, _ODDS, RECYCLING),
+    likely("recycle80", 79, _ODDS, RECYCLING),
+    likely("mix16", 8, _ODDS, RECYCLING, retrieval=7),
+    likely("mix64", 48, _ODDS, RECYCLING, retrieval=15),
+    # For a draft-only adapter where a pass of many nodes costs little: all sources, and noise under many ends.
+    wide("wide64", 11, 31, 7),
+    wide("wide112", 15, 60, 12),
+)
+_BY_NAME = {tree.name: tree for tree in _TREES}
+_DRAFT = ("draft8", "draft8mix", "draft8long", "draft16long")
+TREE_SETS: dict[str, TreeSet] = {name: TreeSet(name, (tree,), (0,)) for name, tree in _BY_NAME.items()} | {
+    "draft": TreeSet("draft", tuple(_BY_NAME[name] for name in _DRAFT), (0, 1, 3, 5)),
+    # Sizes and thresholds from the matches and costs of 40 training prompts (LOG.md), by simulation.
+    "adaptive": TreeSet("adaptive", (_ROOT, chain(3, EITHER, "chain4"), chain(7, EITHER, "chain8")), (0, 1, 4)),
+}
+
+# What each method drafts with; None: whatever the trees name.
+_USES = {
+    "tr-jacobi": None,
+    "jacobi": (JACOBI, NOISE),
+    "lookup": (RETRIEVAL,),
+    "recycling": (RECYCLING,),
+    "ar": (),
+}
+METHODS = tuple(_USES)
+# The default trees by backend. CPU: measured by benchmarks/step_cost.py and spec_bench.py (LOG.md). GPU: a pass of 64
+# nodes costs 1.18 of one token at the sizes of Llama-3-8B (docs/accelerators.md), so the trees with most tokens a pass.
+# TPU: by the compiler's estimate 69 nodes cost 1.29 there, so the same.
+_WIDE = {"tr-jacobi": "mix64", "lookup": "chain16", "jacobi": "msn69", "recycling": "recycle64", "ar": "root"}
+_WIDE_DRAFT_ONLY = {"tr-jacobi": "wide64", "jacobi": "draft16"}
+_DEFAULT = {
+    "cpu": {"tr-jacobi": "adaptive", "lookup": "adaptive", "jacobi": "chain4", "recycling": "recycle8", "ar": "root"},
+    "gpu": _WIDE,
+    "tpu": _WIDE,
+}
+# With a draft-only adapter.
+_DRAFT_ONLY = {"cpu": {"tr-jacobi": "draft", "jacobi": "draft16"}, "gpu": _WIDE_DRAFT_ONLY, "tpu": _WIDE_DRAFT_ONLY}
+
+
+def tree_set(
+    method: str, name: str | None = None, backend: str = "cpu", draft_only: bool = False, batch: int = 1
+) -> TreeSet:
+    """The trees a method decodes with: those of `name`, less the drafts that the method does not use.
+
+    name: one of TREE_SETS, or a .json file of --tune_out, in which there is a set for each batch size; draft_only:
+    whether a draft-only adapter stands by, which has default trees of its own.
+    Raises InputError for an unknown method or name, or where no draft is left.
+    """
+    if method not in METHODS:
+        raise InputError(f"unknown method {method!r}; accepted: {', '.join(METHODS)}")
+    from_file = name is not None and name.endswith(".json")
+    if name is not None and name not in TREE_SETS and not from_file:
+        raise InputError(f"unknown tree {name!r}; accepted: a .json file of --tune_out, {', '.join(TREE_SETS)}")
+    if method == "ar":
+        return TREE_SETS["root"]
+    backend = backend if backend in _DEFAULT else "gpu"  # jax has platforms beside these, all of them accelerators
+    default = _DEFAULT[backend] | (_DRAFT_ONLY[backend] if draft_only else {})
+    base = tree_file.read(name, batch) if from_file else TREE_SETS[name or default[method]]
+    uses = _USES[method]
+    if uses is None:
+        return base
+    if RETRIEVAL in uses:
+        trees, min_match = tuple(tree.only(*uses) for tree in base.trees), base.min_match
+    else:
+        # Without retrieval nothing chooses between trees: take the largest.
+        trees, min_match = (base.trees[-1].only(*uses),), (0,)
+    if name is not None and not any((~tree.kind(ROOT, *PROBES)).any() for tree in trees):
+        raise InputError(f"tree {name!r} has no draft that the method {method!r} uses")
+    return TreeSet(base.name, trees, min_match)
