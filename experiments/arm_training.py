@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -110,10 +111,14 @@ class Trainer:
             return train_step.TrainState(step=jnp.int32(0), params=params, opt_state=opt_state)
 
         key, index = jax.random.key(0), jnp.zeros((args.dispatch, arm.rows), jnp.int32)
-        self.fresh = jax.jit(fresh).lower(key).compile()
         self.state = jax.eval_shape(fresh, key)
-        self.many = jax.jit(many, donate_argnums=0).lower(self.state, frozen, rows, index, key, 1.0).compile()
-        self.score = jax.jit(score).lower(self.state.params, frozen, held).compile()
+        programs = (
+            jax.jit(many, donate_argnums=0).lower(self.state, frozen, rows, index, key, 1.0),
+            jax.jit(score).lower(self.state.params, frozen, held),
+            jax.jit(fresh).lower(key),
+        )
+        with ThreadPoolExecutor(len(programs)) as pool:
+            self.many, self.score, self.fresh = pool.map(lambda program: program.compile(), programs)
 
     def same_shape(self, trained: Any) -> bool:
         """Whether something that was trained elsewhere can be scored here."""

@@ -14,14 +14,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 import jax
 import numpy as np
 
 from experiments.arm_training import Arm, Trainer, parse_arm
-from experiments.one_batch import measure, ratios, shown, with_trained
+from experiments.one_batch import measure, shown, with_trained
 from experiments.packed import conversations, encoded, own_examples, pack, prompts_of
 from msn_jax import DecodeConfig, InputError, init, load
 from msn_jax.adapters import init_trained
@@ -68,19 +70,17 @@ def main() -> None:
     p.add_argument("--rows", type=int, default=32, help="a step of draft arms")
     p.add_argument("--dispatch", type=int, default=20, help="steps of one program")
     p.add_argument("--max_new_tokens", type=int, default=128)
-    p.add_argument("--methods", default="ar,jacobi:small13,tr-jacobi:small13")
-    p.add_argument("--marked_methods", default="ar,jacobi:draft13,tr-jacobi:draft13mix")
-    p.add_argument("--draft_methods", default="ar,jacobi:draft13,tr-jacobi:draft13mix")
+    p.add_argument("--methods", default="jacobi:small13,tr-jacobi:small13")
+    p.add_argument("--marked_methods", default="jacobi:draft13,tr-jacobi:draft13mix")
+    p.add_argument("--draft_methods", default="jacobi:draft13,tr-jacobi:draft13mix")
     p.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     p.add_argument("--activations", choices=("float32", "bfloat16"), help="of training; else each arm has its own")
     p.add_argument("--remat", default="none", choices=("full", "dots", "none"))
     p.add_argument("--float32_methods", default="", help="of draft arms, in float32 as well")
-    p.add_argument("--figure_seconds", type=float, default=10, help="kept for the figures of a draft arm")
+    p.add_argument("--figure_seconds", type=float, default=10, help="kept for the figures of draft arms")
     p.add_argument("--small", action="store_true", help="a random tiny model, to rehearse with")
     args = p.parse_args()
-    begin = time.perf_counter()
-    say = lambda text: print(f"{time.perf_counter() - begin:6.1f} s  {text}", flush=True)
-
+    begin, writing = time.perf_counter(), Lock()
     arms = [parse_arm(text, args.rows) for text in args.arms.split(",") if text]
     arms.sort(key=lambda arm: arm.steps is None)
     questions = spread(read_questions(args.questions), args.limit)
@@ -90,26 +90,40 @@ def main() -> None:
     args.trained_on = loaded_fingerprint(lm.params)
     fast = dataclasses.replace(lm, params=jax.tree.map(lambda x: x.astype(args.dtype), lm.params))
     frozen = stack_layers(fast.params)
-    say(f"loaded; {len(questions)} questions, {jax.devices()[0].device_kind}")
-    keep = lambda record: keep_rows(args.out / "learn.jsonl", [record])
-    keep(run_record() | {"jax": jax.__version__, "settings": {k: str(v) for k, v in vars(args).items() if k != "cfg"}})
 
-    draft = any(arm.lora.draft_only for arm in arms)
-    tuned = any(not arm.lora.draft_only for arm in arms)
-    # What is to be compiled is compiled while the model answers: each shape of adapter with its trees. Few at a time,
-    # since each needs its caches.
-    pool, measuring = ThreadPoolExecutor(16), ThreadPoolExecutor(4)
-    early = {"untouched": measuring.submit(measure, fast, questions, args.methods, args.max_new_tokens)}
+    def keep(record: dict, text: str) -> None:
+        with writing:
+            keep_rows(args.out / "learn.jsonl", [record])
+            print(f"{time.perf_counter() - begin:6.1f} s  {text}", flush=True)
+
+    settings = {name: str(value) for name, value in vars(args).items() if name not in ("cfg", "trained_on")}
+    start = f"loaded; {len(questions)} questions, {jax.devices()[0].device_kind}"
+    keep(run_record() | {"jax": jax.__version__, "settings": settings}, start)
+
+    # Compiling takes longest by far. It goes on in the background from the first second, each program once: those of
+    # one shape wait for each other. Training waits for its own program alone.
+    compiling, measuring, in_turn = ThreadPoolExecutor(16), ThreadPoolExecutor(16), defaultdict(Lock)
+
+    def measured(model: LM, name: str, methods: str, **record) -> None:
+        shapes = jax.tree.map(lambda x: (x.shape, x.dtype), (model.params.embed, model.drafter))
+        with writing:
+            turn = in_turn[str(shapes)]
+        with turn:
+            speed = measure(model, questions, methods, args.max_new_tokens)
+        keep({"arm": name, "dtype": str(model.dtype)} | record | speed, f"{name} {model.dtype}: {shown(speed)}")
+
+    waiting = [measuring.submit(measured, fast, "untouched", args.methods)]
     if args.adapter:
         given = load_adapter(args.adapter, lm.cfg)
-        model = with_trained(lm, given, args.dtype)
-        early["adapter"] = measuring.submit(measure, model, questions, args.draft_methods, args.max_new_tokens)
+        waiting.append(measuring.submit(measured, with_trained(lm, given, args.dtype), "adapter", args.draft_methods))
     shapes = {(arm.lora.draft_only and arm.lora.rank, arm.noise.mark, arm.noise.length): arm for arm in arms}
     for arm in (arm for arm in shapes.values() if arm.lora.draft_only or arm.noise.mark):
         new = init_trained(jax.random.key(0), lm.cfg, arm.lora, arm.noise)
         for dtype, methods in plan(arm, args).items():
-            model, methods = with_trained(lm, new, dtype), methods.removeprefix("ar," if dtype == args.dtype else "")
-            early[f"new {arm.name} {dtype}"] = measuring.submit(measure, model, questions, methods, args.max_new_tokens)
+            model = with_trained(lm, new, dtype)
+            waiting.append(measuring.submit(measured, model, f"new {arm.name}", methods))
+
+    data, trainers = {}, {}
 
     def packed(kind: str, rows: int) -> tuple[dict, dict]:
         """(rows to train on, held-out rows in batches [n, rows, T]), on the device."""
@@ -120,21 +134,23 @@ def main() -> None:
             most = min(96, len(whole["tokens"]) // 4)
             held, whole = ({name: x[part] for name, x in whole.items()} for part in (slice(most), slice(most, None)))
         if not len(whole["tokens"]) or not len(held["tokens"]):
-            raise InputError(
-                f"--{'prompts' if kind == 'own' else 'tuning'}: too few rows to learn from and to hold out"
-            )
+            name = "prompts" if kind == "own" else "tuning"
+            raise InputError(f"--{name}: too few rows to learn from and to hold out")
         short = -len(held["tokens"]) % rows
         fill = lambda x: np.pad(x, ((0, short), (0, 0))).reshape(-1, rows, args.tokens)
         return jax.device_put(whole), jax.device_put({name: fill(x) for name, x in held.items()})
 
-    data = {}
-    if tuned:
-        data["tuning"] = list(encoded(lm, conversations(args.tuning), args.tokens))
-        say(f"{len(data['tuning'])} examples to tune on")
-    if draft:
+    def compile_arms(kind: str) -> None:
+        placed = {}
+        for arm in (arm for arm in arms if arm.lora.draft_only == (kind == "own")):
+            if arm.rows not in placed:
+                placed[arm.rows] = packed(kind, arm.rows)
+            trainers[arm.name] = compiling.submit(Trainer, arm, args, frozen, *placed[arm.rows])
+        counts = {rows: len(whole["tokens"]) for rows, (whole, _) in placed.items()}
+        keep({kind: len(data[kind])}, f"{kind}: {len(data[kind])} examples; packed rows by rows a step: {counts}")
+
+    def answer() -> None:
         prompts = prompts_of(lm, conversations(args.prompts), args.tokens - args.max_new_tokens)
-        if len(prompts) < 2 * args.answer_batch:
-            raise InputError(f"--prompts: {len(prompts)} usable ones; accepted: twice --answer_batch or more")
         config = DecodeConfig(method="ar", max_new_tokens=args.max_new_tokens, batch_size=args.answer_batch)
         heats = [float(t) for t in args.temperatures.split(",")]
         # Held-out prompts are answered once, greedily, and by none of the other rounds.
@@ -144,29 +160,12 @@ def main() -> None:
             answered = list(own_examples(fast, asked, config, seconds, temperatures))
             data[name] = [example for _, example in answered]
             keep_rows(args.out / f"{name}.jsonl", [{"messages": talk} for talk, _ in answered])
-        say(f"{len(data['own'])} own replies to {len(prompts)} prompts")
-    kind_of = lambda arm: "own" if arm.lora.draft_only else "tuning"
-    placed = {(kind_of(arm), arm.rows): None for arm in arms}
-    for kind, rows in placed:
-        placed[kind, rows] = packed(kind, rows)
-        say(f"{kind}: {len(placed[kind, rows][0]['tokens'])} rows of {args.tokens}, {rows} a step")
-    waiting = [pool.submit(Trainer, arm, args, frozen, *placed[kind_of(arm), arm.rows]) for arm in arms]
-    base = early["untouched"].result()
-    for name, measured in early.items():
-        measured = measured.result()
-        keep({"arm": name, "dtype": args.dtype} | measured)
-        say(f"{name}: {shown(measured, base)}")
-    trainers = [trainer.result() for trainer in waiting]
-    say("compiled")
-    for trainer in trainers:
-        arm = trainer.arm
-        if args.adapter and arm.lora.draft_only and trainer.same_shape(given):
-            found = trainer.held_out(given)
-            keep({"arm": "adapter", "held_out": found})
-            say(f"adapter: {found}")
-            break
+        compile_arms("own")
 
-    plain, failed = {}, []
+    answering = measuring.submit(answer) if any(arm.lora.draft_only for arm in arms) else None
+    if any(not arm.lora.draft_only for arm in arms):
+        data["tuning"] = list(encoded(lm, conversations(args.tuning), args.tokens))
+        compile_arms("tuning")
 
     def one_arm(trainer: Trainer, seed: int, seconds: float) -> None:
         arm, name = trainer.arm, f"{trainer.arm.name.replace('@', '-')}-seed{seed}"
@@ -176,26 +175,32 @@ def main() -> None:
             trained = load_adapter(args.out / name, lm.cfg)
         figures["held_out"] = trainer.held_out(trained)
         record = {"arm": arm.name, "seed": seed, "noise": dataclasses.asdict(arm.noise)}
-        keep(record | {"lora": dataclasses.asdict(arm.lora)} | figures)
-        say(f"{name}: {figures['steps']} steps of {figures['step_s']:.4f} s, held out {figures['held_out']}")
+        text = f"{name}: {figures['steps']} steps of {figures['step_s']:.4f} s, held out {figures['held_out']}"
+        keep(record | {"lora": dataclasses.asdict(arm.lora)} | figures, text)
         for dtype, methods in plan(arm, args).items():
-            speed = measure(with_trained(lm, trained, dtype), questions, methods, args.max_new_tokens)
-            if arm.name.startswith("plain"):
-                plain[seed] = speed
-            other = base if arm.lora.draft_only else plain.get(seed, base)
-            keep({"arm": arm.name, "seed": seed, "dtype": dtype, "to_base": ratios(speed, other)} | speed)
-            say(f"{name} {dtype}: {shown(speed, other)}")
+            model = with_trained(lm, trained, dtype)
+            waiting.append(measuring.submit(measured, model, arm.name, methods, seed=seed))
 
-    for number, trainer in enumerate(trainers):
-        for seed in map(int, args.seeds.split(",")[: 1 if trainer.arm.lora.draft_only else None]):
+    failed, scored = [], False
+    for number, arm in enumerate(arms):
+        if arm.lora.draft_only:
+            answering.result()
+        trainer = trainers[arm.name].result()
+        if args.adapter and not scored and trainer.same_shape(given):
+            found, scored = trainer.held_out(given), True
+            keep({"arm": "adapter", "held_out": found}, f"adapter: {found}")
+        for seed in map(int, args.seeds.split(",") if arm.steps else args.seeds.split(",")[:1]):
             left = begin + args.seconds - time.perf_counter()
-            share = max(left / (len(trainers) - number) - args.figure_seconds, 1)
             try:
-                one_arm(trainer, seed, share)
+                one_arm(trainer, seed, max((left - args.figure_seconds) / (len(arms) - number), 1))
             except jax.errors.JaxRuntimeError as e:  # too little memory, say: the other arms go on
-                failed.append(f"{trainer.arm.name}, seed {seed}: {first_line(e)}")
-                say(f"failed: {failed[-1]}")
-    say("done")
+                failed.append(f"{arm.name}, seed {seed}: {first_line(e)}")
+    for future in waiting:
+        try:
+            future.result()
+        except jax.errors.JaxRuntimeError as e:
+            failed.append(f"a measurement: {first_line(e)}")
+    keep({"failed": failed}, "done")
     if failed:
         raise InputError(f"{len(failed)} failed: {'; '.join(failed)}")
 
