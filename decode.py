@@ -20,7 +20,7 @@ if "--plan" in sys.argv:
 import jax
 from tqdm import tqdm
 
-from msn_jax import DecodeConfig, InputError, load
+from msn_jax import DecodeConfig, InputError, kernels, load
 from msn_jax.chat import chat
 from msn_jax.decode.generate import Stream, generate_batches
 from msn_jax.decode.prompts import Row, as_chat, encode, read_prompts
@@ -28,7 +28,7 @@ from msn_jax.decode.sources import recycling
 from msn_jax.decode.tree_sets import METHODS, TREE_SETS, tree_set
 from msn_jax.decode.tune import tune_to
 from msn_jax.errors import named
-from msn_jax.io.loading import ACCEPTED
+from msn_jax.io.loading import ACCEPTED, DTYPES
 from msn_jax.io.rows_out import STDOUT, check_outputs, rows_out
 from msn_jax.page import run_of, write_html
 from msn_jax.sharding import make_mesh
@@ -61,7 +61,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--topology", default="v5e:2x4", help="TPU slice for --plan")
     p.add_argument("--method", default="tr-jacobi", choices=METHODS, help="how to draft")
     p.add_argument("--tree", help=f"a file of --tune_out, or {', '.join(TREE_SETS)}; default: the best of the backend")
-    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of weights and computation")
+    p.add_argument(
+        "--dtype", choices=DTYPES, help="of weights and computation, int8 of weights; None: float32, --plan: bfloat16"
+    )
     p.add_argument("--max_new_tokens", type=int, default=256)
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     p.add_argument("--top_k", type=int, default=0, help="0 keeps all tokens")
@@ -91,7 +93,6 @@ def check_flags(args: argparse.Namespace, given: list[str]) -> None:
             "--adapter",
             "--tensor",
             "--method",
-            "--dtype",
             "--batch_size",
             "--out",
             "--html",
@@ -228,7 +229,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.plan:
         from msn_jax.plan import plan_decode
 
-        return plan_decode(args.ckpt, args.topology, args.tree)
+        return plan_decode(args.ckpt, args.topology, args.tree, args.dtype or "bfloat16")
+    args.dtype = args.dtype or "float32"
     fields = {field.name for field in dataclasses.fields(DecodeConfig)}
     config = DecodeConfig(**{name: value for name, value in vars(args).items() if name in fields})
     rows = None
@@ -247,6 +249,8 @@ def main(argv: list[str] | None = None) -> None:
         mesh = make_mesh(tensor=args.tensor) if args.tensor > 1 else None
         with named(ckpt="--ckpt", adapter="--adapter"):
             lm = load(args.ckpt, args.adapter, args.dtype, mesh)
+        if lm.backend == "cpu":
+            print(f"{args.dtype} on {kernels.describe()}", file=sys.stderr)
         if args.tune:
             return tune_to(args.tune_out, lm, [encode(lm, row.prompt) for row in rows])
         with recycling.kept_table(lm, args.draft_memory) as lm:

@@ -18,9 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from msn_jax import DecodeConfig, InputError, init, load
+from msn_jax import DecodeConfig, InputError, init, kernels, load
 from msn_jax.decode import TreeSet, init_state, loop, tree_set
 from msn_jax.decode.tree import JACOBI, chain
+from msn_jax.io.loading import DTYPES
+from msn_jax.params import declare, round_params
 from msn_jax.records import print_record
 from msn_jax.shapes import SHAPES
 from msn_jax.terminal import run_command
@@ -60,9 +62,10 @@ def main() -> None:
         help=f"a checkpoint, or with random weights: {', '.join(SHAPES)}",
     )
     p.add_argument("--nodes", default="1,2,4,8,16,32,64", help="chains of so many; ratios are to the first")
-    p.add_argument("--slots", type=int, default=512, help="cache slots, half of them filled")
+    p.add_argument("--slots", type=int, default=512, help="cache slots")
+    p.add_argument("--filled", type=int, help="slots that are filled before the first pass; default: half of them")
     p.add_argument("--batch_size", type=int, default=1)
-    p.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    p.add_argument("--dtype", default="float32", choices=DTYPES)
     p.add_argument("--rounds", type=int, default=30)
     p.add_argument("--trees", default="", help="names of trees to time as well, after the chains")
     p.add_argument("--adapter", help="a draft-only adapter, for what --trees has of noise")
@@ -71,20 +74,22 @@ def main() -> None:
         if args.adapter:
             raise InputError(f"--adapter: {args.ckpt} has random weights; accepted: with a checkpoint")
         cfg, drafter = SHAPES[args.ckpt], None
-        params = init(jax.random.key(0), cfg, args.dtype)
+        params = init(jax.random.key(0), cfg, "bfloat16" if args.dtype == "int8" else args.dtype)
+        params = round_params(params, declare(cfg)) if args.dtype == "int8" else params
     else:
         lm = load(args.ckpt, adapter=args.adapter, dtype=args.dtype)
         cfg, params, drafter = lm.cfg, lm.params, lm.drafter
 
-    prompts = [[1] * (args.slots // 2)] * args.batch_size
+    filled = args.filled or args.slots // 2
+    prompts = [[1] * filled] * args.batch_size
     programs, states, sets = {}, {}, {}
     for nodes in map(int, args.nodes.split(",")):
         tree = chain(nodes - 1, JACOBI)
         sets[str(nodes)] = TreeSet(tree.name, (tree,), (0,))
     sets |= {name: tree_set("tr-jacobi", name) for name in args.trees.split(",") if name}
     for name, trees in sets.items():
-        settings = DecodeConfig(max_new_tokens=args.slots // 4)
-        state = init_state(cfg, trees, prompts, settings, (), slots=args.slots, dtype=args.dtype)
+        settings = DecodeConfig(max_new_tokens=args.slots - filled - 64)
+        state = init_state(cfg, trees, prompts, settings, (), slots=args.slots, dtype=params.embed.dtype)
         cycle = partial(jax.jit, donate_argnums=1)(partial(loop.step, cfg=cfg, trees=trees))
         states[name] = state
 
@@ -100,7 +105,7 @@ def main() -> None:
 
     weights = sum(a.nbytes for a in jax.tree.leaves(params))
     if not cfg.tie_embeddings:
-        weights -= params.embed.nbytes  # only a row of it is read
+        weights -= sum(a.nbytes for a in jax.tree.leaves(params.embed))  # only a row of it is read
     cache = states[first].cache
     cached = sum(a.nbytes for a in jax.tree.leaves((cache.k, cache.v)))
     floor = (weights + cached) / bytes_per_s
@@ -125,6 +130,8 @@ def main() -> None:
         dtype=args.dtype,
         batch_size=args.batch_size,
         slots=args.slots,
+        filled=filled,
+        kernels=kernels.describe(),
         floor_ms=round(1e3 * floor, 2),
         read_gb_per_s=round(bytes_per_s / 1e9, 2),
         first_ms=round(1e3 * float(one), 2),

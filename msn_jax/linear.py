@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-LEFT_ROWS = 256  # rows up to which the weight stands on the left on CPU
+from msn_jax import kernels
+
+LEFT_ROWS = 256  # rows up to which XLA multiplies a weight of float32 from the left on CPU
 HIGHEST = jax.lax.Precision.HIGHEST  # float32 means float32: TPUs and GPUs would round operands otherwise
 
 
@@ -29,46 +31,108 @@ def activation_dtype(dtype, backend: str):
     return jnp.dtype("float32" if backend == "cpu" else dtype)
 
 
-def linear(x: Array, w: Array, in_dims: int = 1, dtype=None) -> Array:
+@struct.dataclass
+class Int8Weight:
+    """A weight rounded to int8, a scale for each of its outputs. It multiplies as bfloat16, where it is exact."""
+
+    values: Array  # int8[*out, *in]
+    scale: Array  # float32[*out]
+
+    dtype = jnp.dtype(jnp.bfloat16)
+    shape = property(lambda self: self.values.shape)
+    ndim = property(lambda self: self.values.ndim)
+
+
+def round_int8(w, in_dims: int) -> Int8Weight:
+    """w [*out, *in], of NumPy or JAX, by the scale of each output's largest weight."""
+    xp = w.__array_namespace__()
+    w = w.astype(jnp.float32)
+    ins = tuple(range(w.ndim - in_dims, w.ndim))
+    largest = xp.max(xp.abs(w), axis=ins, keepdims=True)
+    scale = xp.where(largest == 0, xp.ones_like(largest), largest / 127)  # nan and infinity stay, to be found
+    return Int8Weight(xp.round(w / scale).astype(jnp.int8), xp.squeeze(scale, axis=ins))
+
+
+def widened(w: Array | Int8Weight) -> Array:
+    """w, of int8 in float32."""
+    if not isinstance(w, Int8Weight):
+        return w
+    ins = tuple(range(w.scale.ndim, w.ndim))
+    return w.values.astype(jnp.float32) * jnp.expand_dims(w.scale, ins)
+
+
+def take_rows(w: Array | Int8Weight, rows: Array) -> Array:
+    """w[rows], of a table [V, D]; of int8 in float32."""
+    if isinstance(w, Int8Weight):
+        return w.values[rows].astype(jnp.float32) * w.scale[rows][..., None]
+    return w[rows]
+
+
+def linear(x: Array, w: Array | Int8Weight, in_dims: int = 1, dtype=None) -> Array:
     """x [..., *in] times w [*out, *in] -> [..., *out] in `dtype` (None: x's), contracting the last `in_dims` axes.
 
-    The product is one of w's dtype: activations in float32 are rounded for weights in bfloat16.
+    The product is one of w's dtype: activations in float32 are rounded for weights in bfloat16 or int8.
     """
-    product = _product if x.dtype == w.dtype else _rounded
+    product = _product if x.dtype == w.dtype or isinstance(w, Int8Weight) else _rounded
     return product(x, w, in_dims, dtype or x.dtype)
 
 
-def _product(x: Array, w: Array, in_dims: int, dtype) -> Array:
+def _product(x: Array, w: Array | Int8Weight, in_dims: int, dtype) -> Array:
+    rows, outs = x.ndim - in_dims, w.ndim - in_dims
+    count = math.prod(x.shape[:rows])
+
+    def narrow(name, x, w):
+        values, scale = (w.values, w.scale.reshape(-1)) if isinstance(w, Int8Weight) else (w, None)
+        flat = x.astype(jnp.float32).reshape(count, -1)
+        y = kernels.product(name, flat, values.reshape(math.prod(w.shape[:outs]), -1), scale)
+        return y.reshape(*x.shape[:rows], *w.shape[:outs]).astype(dtype)
+
+    return kernels.on_cpu(count, narrow, partial(_xla_product, in_dims=in_dims, dtype=dtype), x, w)
+
+
+def _xla_product(x: Array, w: Array | Int8Weight, in_dims: int, dtype) -> Array:
+    if isinstance(w, Int8Weight):
+        y = _xla_product(x, w.values.astype(w.dtype), in_dims, jnp.float32)
+        return (y * jnp.broadcast_to(w.scale, y.shape)).astype(dtype)
     rows, outs = x.ndim - in_dims, w.ndim - in_dims
     x_ins, w_ins = tuple(range(rows, x.ndim)), tuple(range(outs, w.ndim))
     precision = HIGHEST if w.dtype == jnp.float32 else None
+    count = math.prod(x.shape[:rows])
 
     def weight_right(x, w):
         return jax.lax.dot_general(x.astype(w.dtype), w, ((x_ins, w_ins), ((), ())), precision, dtype)
 
+    def two_rows(x, w):
+        # For one row of bfloat16 XLA:CPU widens the whole matrix first, which takes five times as long as two.
+        flat = x.reshape(1, *x.shape[rows:])
+        pair = _xla_product(jnp.concatenate([flat, flat]), w, in_dims, dtype)
+        return pair[0].reshape(*x.shape[:rows], *w.shape[:outs])
+
     def weight_left(x, w):
-        count = math.prod(x.shape[:rows])
-        flat = x.astype(w.dtype).reshape(count, *x.shape[rows:])
-        flat = jnp.pad(flat, ((0, _fast_rows(count, w.dtype) - count),) + ((0, 0),) * in_dims)
+        flat = x.reshape(count, *x.shape[rows:])
+        flat = jnp.pad(flat, ((0, _fast_rows(count) - count),) + ((0, 0),) * in_dims)
         y = jax.lax.dot_general(w, flat, ((w_ins, tuple(range(1, flat.ndim))), ((), ())), precision, dtype)
         y = jax.lax.optimization_barrier(y)  # or XLA turns the dot around again to spare the transpose
         return jnp.moveaxis(y[..., :count], -1, 0).reshape(*x.shape[:rows], *w.shape[:outs])
 
-    # XLA:CPU repacks the right operand of a dot on each call, or transposes it first: over SmolLM2's matrices the
-    # weight on the left takes 0.58 of the time at 8 rows, a prefill of 64 half (LOG.md).
-    if math.prod(x.shape[:rows]) > LEFT_ROWS:
+    # XLA:CPU repacks the right operand of a float32 dot on each call, or transposes it first: over SmolLM2's matrices
+    # the weight on the left takes 0.58 of the time at 8 rows, a prefill of 64 half (LOG.md).
+    if count > LEFT_ROWS:
         return weight_right(x, w)
-    return jax.lax.platform_dependent(x, w, cpu=weight_left, default=weight_right)
+    if w.dtype == jnp.float32:
+        on_cpu = weight_left
+    else:
+        on_cpu = two_rows if count == 1 else weight_right
+    return jax.lax.platform_dependent(x, w, cpu=on_cpu, default=weight_right)
 
 
-def _fast_rows(count: int, dtype) -> int:
-    """The least number of rows, `count` or more, that XLA:CPU multiplies with no loss.
+def _fast_rows(count: int) -> int:
+    """The least number of rows, `count` or more, that XLA:CPU multiplies with no loss in float32.
 
-    Its products come in tiles of 8 and of 16 rows: in float32 13 take 1.3 of the time of 16, and 6 take 1.2 of 8. For
-    one row of bfloat16 it widens the whole matrix first, which takes five times as long as two.
+    Its products come in tiles of 8 and of 16 rows: 13 take 1.3 of the time of 16, and 6 take 1.2 of 8.
     """
     if count <= 4:
-        return 2 if count == 1 and dtype == jnp.bfloat16 else count
+        return count
     return 8 if count <= 8 else -(-count // 16) * 16
 
 
@@ -80,7 +144,7 @@ def _rounded(x: Array, w: Array, in_dims: int, dtype) -> Array:
 
 def _rounded_forward(x, w, in_dims, dtype):
     x = x.astype(w.dtype)
-    return _product(x, w, in_dims, dtype), (x, w)
+    return _xla_product(x, w, in_dims, dtype), (x, w)
 
 
 def _rounded_backward(in_dims, dtype, saved, y_bar):

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from msn_jax import flash
+from msn_jax import flash, kernels
 from msn_jax.cache import KVCache
-from msn_jax.linear import HIGHEST, adapted, linear
+from msn_jax.linear import HIGHEST, adapted, linear, take_rows
 from msn_jax.model_config import ModelConfig
 from msn_jax.params import DraftAdapter, Layer, Params
 from msn_jax.shape_checks import check_shapes
@@ -33,7 +33,20 @@ REMAT = {
 
 @jax.named_scope("norm")
 def norm(x: Array, scale: Array, bias: Array | None, eps: float) -> Array:
-    """Over the last axis, in float32: LayerNorm with a bias, root mean square norm where it is None."""
+    """Over the last axis, in float32: LayerNorm with a bias, root mean square norm where it is None.
+
+    x [..., D]; scale and bias [D], or [..., D] with the last axes of x.
+    """
+
+    def rows(name, x, scale, bias):
+        flat = lambda a: None if a is None else a.reshape(-1, a.shape[-1])
+        y = kernels.norm(name, flat(x).astype(jnp.float32), flat(scale), flat(bias), eps)
+        return y.reshape(x.shape).astype(x.dtype)
+
+    return kernels.on_cpu(x.size // x.shape[-1], rows, partial(_xla_norm, eps=eps), x, scale, bias)
+
+
+def _xla_norm(x: Array, scale: Array, bias: Array | None, eps: float) -> Array:
     x32 = x.astype(jnp.float32)
     if bias is not None:
         x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
@@ -48,7 +61,8 @@ def norm(x: Array, scale: Array, bias: Array | None, eps: float) -> Array:
 def embed(params: Params, tokens: Array) -> Array:
     """Rows [B, T, D] of the table for tokens [B, T]."""
     # The table whole along D, or a lookup over a mesh makes every device hold the rows of the whole batch.
-    return constrain(constrain(params.embed, "vocab", None)[tokens], "batch", None, None)
+    table = jax.tree.map(lambda a: constrain(a, "vocab", *[None] * (a.ndim - 1)), params.embed)
+    return constrain(take_rows(table, tokens), "batch", None, None)
 
 
 def final_norm(params: Params, cfg: ModelConfig, x: Array) -> Array:
@@ -66,8 +80,17 @@ def rope_frequencies(cfg: ModelConfig) -> np.ndarray:
 
 def rope_angles(cfg: ModelConfig, positions: Array) -> tuple[Array, Array]:
     """Cosine and sine [B, T, H/2] of the angles of positions [B, T]."""
-    angles = positions.astype(jnp.float32)[..., None] * rope_frequencies(cfg)[None, None]
-    return jnp.cos(angles), jnp.sin(angles)
+    frequencies = rope_frequencies(cfg)
+
+    def each(name, positions):
+        cos_sin = kernels.angles(name, positions.astype(jnp.int32).reshape(-1), jnp.asarray(frequencies))
+        return tuple(a.reshape(*positions.shape, -1) for a in cos_sin)
+
+    def xla(positions):
+        angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None]
+        return jnp.cos(angles), jnp.sin(angles)
+
+    return kernels.on_cpu(positions.size, each, xla, positions)
 
 
 def rope(x: Array, cos: Array, sin: Array) -> Array:
@@ -124,6 +147,31 @@ def attention(
         out = out + values_of(weights.astype(v.dtype), cached[1].astype(v.dtype))
     out = (out / total).astype(q.dtype).reshape(B, K, T, G, H)
     return out.transpose(0, 2, 1, 3, 4).reshape(B, T, K * G, H)
+
+
+def attention_over_cache(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Array,
+    *,
+    cached: tuple[Array, Array],
+    length: Array,
+    oldest: Array | None,
+) -> Array:
+    """`attention` in float32 [B, T, N, H], on a CPU over no more of the cache than is filled."""
+    B, T, K, G, H = q.shape
+
+    def filled(name, q, k, v, mask, cached, length, oldest):
+        cached = jax.tree.map(lambda a: a.astype(q.dtype), cached)
+        return kernels.attention(name, q, k, v, mask, cached, length, oldest).reshape(B, T, K * G, H)
+
+    def xla(*args):
+        return attention(*args).astype(jnp.float32)
+
+    if H > kernels.MAX_HEAD_DIM:
+        return xla(q, k, v, mask, cached, length, oldest)
+    return kernels.on_cpu(B * T, filled, xla, q, k, v, mask, cached, length, oldest)
 
 
 def causal_attention(q: Array, k: Array, v: Array, segments: Array | None, window: int | None = None) -> Array:
@@ -244,7 +292,7 @@ def forward(
     if marks is not None:
         rows, depth = marks
         x = jnp.where(depth[..., None] > 0, rows.astype(x.dtype)[jnp.maximum(depth - 1, 0)], x)
-    x = x.astype(dtype or x.dtype)
+    x = x.astype(dtype or params.embed.dtype)
     last = None if noise_depth is None else int((noise_depth > 0).sum())
     if last is not None and not (noise_depth[len(noise_depth) - last :] > 0).all():
         raise ValueError(f"noise_depth {noise_depth}: noise must come last")
@@ -264,7 +312,7 @@ def forward(
             # Positions, not indices: those of a tree's nodes are their depths.
             oldest = jnp.broadcast_to(positions, tokens.shape) - (window - 1)
             mask &= positions[:, None, :] >= oldest[:, :, None]
-        attend = partial(attention, mask=mask)
+        attend = partial(attention if cache is None else attention_over_cache, mask=mask)
 
     if isinstance(params.layers, Layer):
         if cache is not None:
@@ -290,3 +338,15 @@ def unembed(params: Params, cfg: ModelConfig, hidden: Array) -> Array:
     check_shapes(hidden=(hidden, f"float[..., {cfg.embed}]"))
     table = params.embed if cfg.tie_embeddings else params.unembed
     return linear(hidden, table, dtype=jnp.float32)
+
+
+def best_token(logits: Array) -> Array:
+    """int32 [...]: the first of the largest of logits float32 [..., V]."""
+
+    def each(name, logits):
+        return kernels.best(name, logits.reshape(-1, logits.shape[-1])).reshape(logits.shape[:-1])
+
+    def xla(logits):
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    return kernels.on_cpu(logits.size // logits.shape[-1], each, xla, logits)

@@ -17,6 +17,7 @@ from flax import struct
 from jax import Array
 from jax.sharding import Mesh
 
+from msn_jax.linear import Int8Weight, round_int8
 from msn_jax.model_config import ModelConfig
 from msn_jax.sharding import sharding
 
@@ -28,6 +29,7 @@ class ArraySpec:
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     init: str = "normal"  # normal, zeros, ones
+    ins: int = 1  # last axes that are its input, of those that multiply: all that start as normal
 
 
 @struct.dataclass
@@ -77,7 +79,7 @@ def declare(cfg: ModelConfig, stacked: bool = False) -> Params:
     layer = Layer(
         attn_norm=scale,
         qkv=ArraySpec((K, cfg.group + 2, H, D), ("kv_heads", None, None, "embed")),
-        o=ArraySpec((D, N, H), ("embed", "heads", None)),
+        o=ArraySpec((D, N, H), ("embed", "heads", None), ins=2),
         mlp_norm=scale,
         gate_up=ArraySpec((*maps, F, D), (*split, "mlp", "embed")),
         down=ArraySpec((D, F), ("embed", "mlp")),
@@ -91,7 +93,7 @@ def declare(cfg: ModelConfig, stacked: bool = False) -> Params:
         down_bias=bias(cfg.mlp_bias),
     )
     vocab = ArraySpec((V, D), ("vocab", "embed"))
-    stack = lambda s: ArraySpec((cfg.layers, *s.shape), (None, *s.axes), s.init)
+    stack = lambda s: dataclasses.replace(s, shape=(cfg.layers, *s.shape), axes=(None, *s.axes))
     return Params(
         embed=vocab,
         layers=jax.tree.map(stack, layer) if stacked else (layer,) * cfg.layers,
@@ -102,8 +104,27 @@ def declare(cfg: ModelConfig, stacked: bool = False) -> Params:
 
 
 def shaped(specs, mesh: Mesh, dtype):
-    """ShapeDtypeStructs, placed on the mesh, for a tree of ArraySpecs."""
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype, sharding=sharding(s.axes, s.shape, mesh)), specs)
+    """ShapeDtypeStructs, placed on the mesh, for a tree of ArraySpecs; for int8 see `round_params`."""
+
+    def one(shape, axes, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(axes, shape, mesh))
+
+    def weight(s: ArraySpec):
+        if jnp.dtype(dtype) != jnp.int8:
+            return one(s.shape, s.axes, dtype)
+        if s.init != "normal":
+            return one(s.shape, s.axes, jnp.float32)
+        outs = len(s.shape) - s.ins
+        return Int8Weight(one(s.shape, s.axes, dtype), one(s.shape[:outs], s.axes[:outs], jnp.float32))
+
+    return jax.tree.map(weight, specs)
+
+
+def round_params(params: Params, specs: Params) -> Params:
+    """Every weight that multiplies as an Int8Weight, the others in float32. specs: see `declare`."""
+    rounded = jax.jit(round_int8, static_argnums=1)
+    one = lambda w, spec: rounded(w, spec.ins) if spec.init == "normal" else w.astype(jnp.float32)
+    return jax.tree.map(one, params, specs)
 
 
 def parameter_count(specs) -> int:

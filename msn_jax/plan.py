@@ -29,9 +29,10 @@ from msn_jax.errors import InputError, first_line
 from msn_jax.io import hf
 from msn_jax.io.gguf import GGUFSource
 from msn_jax.io.loading import resolve
+from msn_jax.linear import Int8Weight
 from msn_jax.model import QUERY_BLOCK
 from msn_jax.model_config import ModelConfig
-from msn_jax.params import declare, parameter_count, shaped
+from msn_jax.params import Params, declare, parameter_count, shaped
 from msn_jax.shapes import SHAPES
 from msn_jax.sharding import MESH_AXES, check_batch, make_mesh, mesh_sizes, sharding
 
@@ -90,10 +91,23 @@ def estimated_seconds(compiled) -> float:
     return compiled.cost_analysis()["optimal_seconds"] % 1.0
 
 
-def plan_decode(ckpt: str | None, topology: str, tree: str | None, batches: tuple[int, ...] = (1, 8)) -> None:
+def widened_weights(hlo: str, params: Params) -> int:
+    """Arrays in bfloat16 of a weight's size (of one chip) that a compiled module writes; int8 ought to need none."""
+    is_rounded = lambda w: isinstance(w, Int8Weight)
+    weights = [w.values for w in jax.tree.leaves(params, is_leaf=is_rounded) if is_rounded(w)]
+    sizes = {math.prod(w.sharding.shard_shape(w.shape)) for w in weights}
+    # What a fusion computes on its way is no array: only its result is.
+    fused = re.sub(r"^%?fused_computation.*?^}", "", hlo, flags=re.MULTILINE | re.DOTALL)
+    written = re.findall(r"^\s*(?:ROOT )?\S+ = bf16\[([\d,]+)\]", fused, re.MULTILINE)
+    return sum(math.prod(map(int, shape.split(","))) in sizes for shape in written)
+
+
+def plan_decode(
+    ckpt: str | None, topology: str, tree: str | None, dtype: str = "bfloat16", batches: tuple[int, ...] = (1, 8)
+) -> None:
     """Compile prefill and the decode loop for a slice; print memory and cost, then one JSON line.
 
-    ckpt: a named shape (see SHAPES) or a checkpoint, of which only the config is read.
+    ckpt: a named shape (see SHAPES) or a checkpoint, of which only the config is read. dtype: of the weights.
     """
     devices = topology_devices(topology)
     chip = topology.split(":")[0]
@@ -101,10 +115,11 @@ def plan_decode(ckpt: str | None, topology: str, tree: str | None, batches: tupl
     cfg = SHAPES[name] if name in SHAPES else read_config(name)
     mesh = make_mesh(tensor=len(devices), devices=devices)
     trees, single = tree_set("tr-jacobi", tree, "tpu"), tree_set("ar", backend="tpu")
-    slots, chunk, dtype = loop.bucket(cfg.max_position), 512, jnp.bfloat16
+    slots, chunk = loop.bucket(cfg.max_position), 512
     params = shaped(declare(cfg), mesh, dtype)
+    weights, dtype = dtype, params.embed.dtype
     kv = sharding(("batch", "kv_heads", None, None), (1, cfg.kv_heads, slots, cfg.head_dim), mesh)
-    print(f"{name} in bfloat16, {slots} cache slots, trees {trees.name}")
+    print(f"{name} in {weights}, {slots} cache slots, trees {trees.name}")
     print(f"{topology}: {len(devices)} chips of {CHIP_BYTES[chip] / 2**30:.0f} GiB, tensor-sharded")
     heads = f"{'weights+cache':>14} {'temporaries':>12} {'of a chip':>9} {'estimate':>9} {'copies':>6}"
     print(f"{'program':<12} {'batch':>5} {heads}", flush=True)
@@ -138,6 +153,8 @@ def plan_decode(ckpt: str | None, topology: str, tree: str | None, batches: tupl
                     "estimated_s": None if program == "loop" else seconds,
                     "cache_copies": len(cache_copies(compiled.as_text(), shape)) if program == "loop" else None,
                 }
+                if weights == "int8":
+                    row["widened_weights"] = widened_weights(compiled.as_text(), params)
                 rows[f"{program} x{batch}"] = row
                 time = "" if program == "loop" else f"{1e3 * seconds:.2f} ms"
                 copies = "" if row["cache_copies"] is None else row["cache_copies"]
@@ -153,7 +170,8 @@ def plan_decode(ckpt: str | None, topology: str, tree: str | None, batches: tupl
                 f"batch {batch}: a cycle of {nodes} nodes costs {ratio:.2f} of one token by XLA's estimate",
                 flush=True,
             )
-    print(json.dumps({"model": name, "topology": topology, "chips": len(devices), "slots": slots, "programs": rows}))
+    run = {"model": name, "dtype": weights, "topology": topology, "chips": len(devices), "slots": slots}
+    print(json.dumps({**run, "programs": rows}))
 
 
 def plan_train(run: RunConfig, topology: str | None) -> None:

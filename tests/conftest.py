@@ -116,9 +116,11 @@ def plain_greedy(tiny):
     return decode
 
 
-def decode_all(params, cfg, trees, prompts, stop_ids=(), chunk=16, slots=256, drafter=None, **settings):
+def decode_all(
+    params, cfg, trees, prompts, stop_ids=(), chunk=16, slots=256, drafter=None, dtype=jnp.float32, **settings
+):
     """Prefill and run to the end. Returns (state on the host, tokens of each row)."""
-    state = init_state(cfg, trees, prompts, DecodeConfig(**settings), stop_ids, slots=slots)
+    state = init_state(cfg, trees, prompts, DecodeConfig(**settings), stop_ids, slots=slots, dtype=dtype)
     state = prefill(params, state, cfg=cfg, chunk=chunk)
     state, _ = run(params, state, 2**31 - 1, drafter, cfg=cfg, trees=trees)
     state = jax.device_get(state)

@@ -71,7 +71,9 @@ def test_prefill_copies_no_cache(tiny, dtype, batch):
 
 
 @pytest.mark.parametrize("name", ["root", "chain4"])
-def test_bfloat16_weights_are_read_as_they_are(tiny, name):
+def test_bfloat16_weights_are_read_as_they_are(tiny, name, monkeypatch):
+    monkeypatch.setenv("MSN_JAX_KERNELS", "off")  # XLA's own form
+    jax.clear_caches()
     cfg, params = tiny
     trees = TREE_SETS[name]
     params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), params)

@@ -24,7 +24,7 @@ from msn_jax.decode.sources import Drafter, sources_of, weights_of
 from msn_jax.decode.tree import TreeSet, TreeSpec
 from msn_jax.errors import InputError
 from msn_jax.linear import activation_dtype
-from msn_jax.model import forward, unembed
+from msn_jax.model import best_token, forward, unembed
 from msn_jax.model_config import ModelConfig
 from msn_jax.params import Params
 from msn_jax.shape_checks import check_shapes
@@ -210,7 +210,7 @@ def tree_pass(
     hidden, new = forward(params, cfg, tokens, positions, tree.ancestors, state.cache, dtype=state.activations, **added)
     logits = unembed(params, cfg, hidden)
 
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    greedy = best_token(logits)
     target = verify.targets(tree, logits, greedy, tokens, valid, last, state.request, state.sampling)
     best, emitted, count = verify.accept(tree, tokens, valid, target)
     seen = Seen(tokens, valid, hidden, logits, greedy, best, tree)

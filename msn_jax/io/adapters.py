@@ -24,7 +24,7 @@ from msn_jax.errors import InputError, warn
 from msn_jax.io import peft
 from msn_jax.io.files import download, is_hub_id
 from msn_jax.io.hf import EMBED, HEAD, TensorSource, layer_names, read_json
-from msn_jax.linear import LowRank
+from msn_jax.linear import LowRank, widened
 from msn_jax.model_config import ModelConfig
 from msn_jax.params import ArraySpec, DraftAdapter, Layer, Params
 
@@ -120,7 +120,7 @@ def loaded_fingerprint(params: Params) -> dict[str, Any]:
     layers = params.layers
     norms = (params.final_norm, *(norm for layer in layers for norm in (layer.attn_norm, layer.mlp_norm)))
     head = () if params.unembed is None else (params.unembed,)
-    return fingerprint(norms, (params.embed, layers[-1].down, *head))
+    return fingerprint(norms, map(widened, (params.embed, layers[-1].down, *head)))
 
 
 def check_base(adapter: Path, params: Params, name: str) -> None:

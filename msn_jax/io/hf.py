@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from msn_jax.errors import InputError, warn
 from msn_jax.io.published_config import config_from_hf
+from msn_jax.linear import Int8Weight, round_int8
 from msn_jax.model_config import ModelConfig
 from msn_jax.params import ArraySpec, Layer, Params, declare
 from msn_jax.sharding import sharding
@@ -180,8 +181,18 @@ def place_params(cfg: ModelConfig, params: Params, dtype, mesh: Mesh | None) -> 
     return jax.tree.map(partial(_place, dtype=dtype, mesh=mesh), params, declare(cfg))
 
 
-def _place(value: np.ndarray, spec: ArraySpec, dtype, mesh: Mesh | None) -> jax.Array:
-    value = value.astype(dtype, copy=False)
+def _place(value: np.ndarray, spec: ArraySpec, dtype, mesh: Mesh | None) -> jax.Array | Int8Weight:
+    if jnp.dtype(dtype) == jnp.int8:
+        if spec.init != "normal":  # what multiplies nothing
+            return _place(value, spec, jnp.float32, mesh)
+        weight, outs = round_int8(value, spec.ins), len(spec.shape) - spec.ins
+        of_scale = ArraySpec(spec.shape[:outs], spec.axes[:outs])
+        scale = _place(weight.scale, of_scale, jnp.float32, mesh)
+        return Int8Weight(_array(weight.values, spec, mesh), scale)
+    return _array(value.astype(dtype, copy=False), spec, mesh)
+
+
+def _array(value: np.ndarray, spec: ArraySpec, mesh: Mesh | None) -> jax.Array:
     if mesh is None:
         placed = jax.device_put(value)
     else:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -20,7 +22,7 @@ from msn_jax.io.checkpoints import restore_params
 from msn_jax.io.files import download, is_hub_id, local_files
 from msn_jax.linear import activation_dtype
 from msn_jax.model_config import ModelConfig
-from msn_jax.params import DraftAdapter, Layer, Params, unstack, unstack_layers
+from msn_jax.params import DraftAdapter, Layer, Params, declare, round_params, unstack, unstack_layers
 from msn_jax.sharding import check_mesh
 
 logger = logging.getLogger("msn_jax")
@@ -28,6 +30,7 @@ logger = logging.getLogger("msn_jax")
 ACCEPTED = (
     "a Hugging Face directory, a .gguf file, a run directory of train.py, a hub id (org/name), or smollm2-135m-instruct"
 )
+DTYPES = ("float32", "bfloat16", "int8")
 SMOLLM2 = "smollm2-135m-instruct"
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _HUB_FILES = [
@@ -60,11 +63,12 @@ class LM:
 
     @property
     def dtype(self):
+        """That of products, and of the cache; for weights in int8 bfloat16."""
         return self.params.embed.dtype
 
     @property
     def backend(self) -> str:
-        return next(iter(self.params.embed.devices())).platform
+        return next(iter(self.params.final_norm.devices())).platform
 
     @property
     def activations(self):
@@ -89,19 +93,26 @@ def load(ckpt: str | Path, adapter: str | Path | None = None, dtype=jnp.float32,
     smollm2-135m-instruct. adapter: a directory that io.adapters.save_adapter or PEFT wrote, its .safetensors file, or a
     hub id; it is merged into the weights, or, where it is draft-only, kept beside them, as embeddings of marked noise
     are. An adapter of other weights than these is put on them with a warning.
-    dtype: float32 or bfloat16, of weights and computation. mesh: of `make_mesh`, to spread weights and cache over.
+    dtype: float32 or bfloat16, of weights and computation, or int8, of weights that multiply as bfloat16. mesh: of
+    `make_mesh`, to spread weights and cache over.
     Raises InputError, one line that names what was found and what is accepted.
     """
-    if dtype not in ("float32", "bfloat16", jnp.float32, jnp.bfloat16):
-        raise InputError(f"dtype {dtype} is not supported; accepted: float32, bfloat16")
+    if dtype not in (*DTYPES, jnp.float32, jnp.bfloat16, jnp.int8):
+        raise InputError(f"dtype {dtype} is not supported; accepted: {', '.join(DTYPES)}")
     if mesh is not None:
         check_mesh(mesh)
-    lm = _load_run(str(ckpt), dtype, mesh) if run_dir.is_run(ckpt) else _load_opened(str(ckpt), dtype, mesh)
-    if adapter is not None:
+    read = partial(_load_run if run_dir.is_run(ckpt) else _load_opened, str(ckpt), mesh=mesh)
+    if adapter is None:
+        lm = read(dtype=dtype)
+    else:
         found = find_adapter(adapter)
-        weights = load_adapter(found, lm.cfg)
-        check_base(found, lm.params, lm.name)
-        lm = _adapted(lm, weights)
+
+        def checked(lm: LM) -> Layer | DraftAdapter | Marked:
+            weights = load_adapter(found, lm.cfg)
+            check_base(found, lm.params, lm.name)
+            return weights
+
+        lm = _load_adapted(read, dtype, checked)
     _check_finite(lm)
     return dataclasses.replace(lm, mesh=mesh)
 
@@ -110,7 +121,8 @@ def _check_finite(lm: LM) -> None:
     """Raise InputError for weights with NaN or infinity, of which no token can be chosen."""
     named = jax.tree_util.tree_flatten_with_path(lm.params)[0]
     if not lm.cfg.tie_embeddings:  # rows of tokens that never come may hold anything
-        named = [(path, w) for path, w in named if w is not lm.params.embed]
+        embed = {id(w) for w in jax.tree.leaves(lm.params.embed)}
+        named = [(path, w) for path, w in named if id(w) not in embed]
     for (path, _), finite in zip(named, jax.device_get([_all_finite(w) for _, w in named]), strict=True):
         if not finite:
             raise InputError(f"{lm.name}: the weights {jax.tree_util.keystr(path)[1:]} hold NaN or infinity")
@@ -119,6 +131,17 @@ def _check_finite(lm: LM) -> None:
 @jax.jit
 def _all_finite(w: jax.Array) -> jax.Array:
     return jnp.isfinite(w).all()
+
+
+def _load_adapted(read: Callable[..., LM], dtype, adapter_of: Callable) -> LM:
+    """read(dtype) with adapter_of(it); what is merged is so before weights are rounded to int8."""
+    lm = read(dtype=dtype)
+    adapter = adapter_of(lm)
+    if jnp.dtype(dtype) != jnp.int8 or isinstance(adapter, DraftAdapter):
+        return _adapted(lm, adapter)
+    del lm
+    lm = _adapted(read(dtype=jnp.bfloat16), adapter)
+    return dataclasses.replace(lm, params=round_params(lm.params, declare(lm.cfg)))
 
 
 def _load_opened(ckpt: str, dtype, mesh: Mesh | None) -> LM:
@@ -136,12 +159,12 @@ def _load_run(folder: str, dtype, mesh: Mesh | None) -> LM:
     restored = lambda cfg: restore_params(folder, _float32(declare_trained(cfg, config.lora, config.noise)))[0]
     if config.lora.rank:
         try:
-            base = load(config.model.ckpt, dtype=dtype, mesh=mesh)
+            lm = _load_adapted(partial(load, config.model.ckpt, mesh=mesh), dtype, lambda base: restored(base.cfg))
         except InputError as e:
             raise InputError(
                 f"{folder}: its base cannot be loaded: {e}, or the base with the adapter {folder}/adapter"
             ) from None
-        return dataclasses.replace(_adapted(base, restored(base.cfg)), name=folder, tokenizer=tok, stop_ids=stop_ids)
+        return dataclasses.replace(lm, name=folder, tokenizer=tok, stop_ids=stop_ids)
     cfg = hf.read_config(files)
     logger.info("loading %s", folder)
     stacked, marks = restored(cfg), None

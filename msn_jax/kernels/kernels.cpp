@@ -1,0 +1,274 @@
+// The custom calls: what they check, and how they share their work out. The maths is in the headers.
+
+#include <atomic>
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "attention.h"
+#include "product.h"
+#include "vector.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+using namespace msn_jax;
+
+// part(0) to part(count - 1), on the caller and on XLA's threads, whoever is free taking the next one.
+static ffi::Future run_parts(ffi::ThreadPool& pool, int64_t count, std::function<void(int64_t)> part) {
+  struct Shared {
+    std::function<void(int64_t)> part;
+    int64_t count;
+    std::atomic<int64_t> next{0}, left;
+    ffi::Promise done;
+  };
+  auto shared = std::make_shared<Shared>();
+  shared->part = std::move(part);
+  shared->count = count;
+  shared->left = count;
+  ffi::Future future(shared->done);
+  if (count == 0) shared->done.SetAvailable();
+  auto work = [shared] {
+    for (int64_t i; (i = shared->next.fetch_add(1)) < shared->count;) {
+      {
+        FlushDenormals here;
+        shared->part(i);
+      }
+      // XLA may go on with the program inside this, on this thread.
+      if (shared->left.fetch_sub(1) == 1) shared->done.SetAvailable();
+    }
+  };
+  for (int64_t i = std::min(pool.num_threads(), count); i > 1; --i) {
+    auto copy = work;
+    pool.Schedule(std::move(copy));
+  }
+  work();
+  return future;
+}
+
+static ffi::Future wrong(const std::string& what) {
+  ffi::Promise promise;
+  ffi::Future future(promise);
+  promise.SetError(ffi::Error::InvalidArgument(what));
+  return future;
+}
+
+using Shape = std::vector<int64_t>;
+
+static bool is(const ffi::AnyBuffer& buffer, ffi::DataType type, const Shape& shape) {
+  const auto dims = buffer.dimensions();
+  return buffer.element_type() == type && std::equal(dims.begin(), dims.end(), shape.begin(), shape.end());
+}
+
+template <class T>
+static T* data(const ffi::AnyBuffer& buffer) {
+  return static_cast<T*>(buffer.untyped_data());
+}
+
+// ---- y = x w
+
+template <class W>
+static ffi::Future product_of(ffi::ThreadPool& pool, Product<W> p, const float* x) {
+  using Packed = typename Dot<W>::Packed;
+  p.padded = p.pad(p.in);
+  auto packed = std::make_shared<std::vector<Packed>>((p.rows + 3) / 4 * 4 * p.padded);
+  p.pack(x, p.rows, p.in, packed->data());
+  p.x = packed->data();
+  // About six parts a thread, so that none waits long for the last; each a whole number of blocks of L.
+  const int64_t blocks = (p.out + L - 1) / L;
+  const int64_t each = std::max<int64_t>(1, blocks / std::max<int64_t>(1, 6 * pool.num_threads()));
+  const int64_t count = p.rows ? (blocks + each - 1) / each : 0;
+  return run_parts(pool, count, [p, packed, each](int64_t i) {
+    p.run(i * each * L, std::min(p.out, (i + 1) * each * L));
+  });
+}
+
+static ffi::Future product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::AnyBuffer scale,
+                           ffi::Result<ffi::AnyBuffer> y) {
+  if (x.dimensions().size() != 2 || w.dimensions().size() != 2) return wrong("product: x and w have two axes");
+  const int64_t rows = x.dimensions()[0], in = x.dimensions()[1], out = w.dimensions()[0];
+  const ffi::DataType type = w.element_type();
+  if (!is(x, ffi::F32, {rows, in})) return wrong("product: x is float32 [rows, in]");
+  if (!is(w, type, {out, in})) return wrong("product: w is [out, in], with the `in` of x");
+  if (!is(scale, ffi::F32, {type == ffi::S8 ? out : 0})) return wrong("product: scale is float32, one a row of int8");
+  if (!is(*y, ffi::F32, {rows, out})) return wrong("product: y is float32 [rows, out]");
+  const float* scales = type == ffi::S8 ? data<float>(scale) : nullptr;
+  auto of = [&](auto* weights) {
+    using W = std::remove_cv_t<std::remove_pointer_t<decltype(weights)>>;
+    return product_of<W>(pool, {nullptr, weights, scales, data<float>(*y), rows, in, out, 0}, data<float>(x));
+  };
+  if (type == ffi::F32) return of(data<float>(w));
+  if (type == ffi::BF16) return of(data<bf16>(w));
+  if (type == ffi::S8) return of(data<int8_t>(w));
+  return wrong("product: w is float32, bfloat16 or int8");
+}
+
+// ---- attention
+
+template <class T>
+static ffi::Future attention_of(ffi::ThreadPool& pool, const Attention<T>& a) {
+  return run_parts(pool, a.tokens ? a.parts() : 0, [a](int64_t i) { a.run(i); });
+}
+
+static ffi::Future attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                             ffi::AnyBuffer mask, ffi::AnyBuffer past_k, ffi::AnyBuffer past_v, ffi::AnyBuffer length,
+                             ffi::AnyBuffer oldest, ffi::Result<ffi::AnyBuffer> y) {
+  if (q.dimensions().size() != 5) return wrong("attention: q has the axes [B, T, K, G, H]");
+  if (past_k.dimensions().size() != 4) return wrong("attention: the cache has the axes [B, K, S, H]");
+  if (mask.dimensions().size() != 3) return wrong("attention: the mask has the axes [1 or B, T, T]");
+  const auto dims = q.dimensions();
+  const int64_t B = dims[0], T = dims[1], K = dims[2], G = dims[3], H = dims[4];
+  const int64_t S = past_k.dimensions()[2], masks = mask.dimensions()[0];
+  const bool window = oldest.dimensions().size() == 2;
+  const ffi::DataType type = q.element_type();
+  if (type != ffi::F32 && type != ffi::BF16) return wrong("attention: float32 or bfloat16");
+  if (H < 1 || H > Attention<float>::kMaxHead) return wrong("attention: H is 1 to 512");
+  if (!is(k, type, {B, K, T, H}) || !is(v, type, {B, K, T, H})) return wrong("attention: k, v are [B, K, T, H] as q");
+  if (!is(past_k, type, {B, K, S, H}) || !is(past_v, type, {B, K, S, H}))
+    return wrong("attention: the cache is [B, K, S, H], of the type of q");
+  if ((masks != 1 && masks != B) || !is(mask, ffi::PRED, {masks, T, T})) return wrong("attention: bool [1 or B, T, T]");
+  if (!is(length, ffi::S32, {B})) return wrong("attention: length is int32 [B]");
+  if (!is(oldest, ffi::S32, window ? Shape{B, T} : Shape{0})) return wrong("attention: oldest is int32 [B, T] or [0]");
+  if (!is(*y, ffi::F32, {B, T, K, G, H})) return wrong("attention: y is float32, of the shape of q");
+  auto of = [&](auto* as) {
+    using E = std::remove_pointer_t<decltype(as)>;
+    return attention_of<E>(
+        pool, {data<E>(q), data<E>(k), data<E>(v), data<bool>(mask), data<E>(past_k), data<E>(past_v),
+               data<int32_t>(length), window ? data<int32_t>(oldest) : nullptr, data<float>(*y), B, T, K, G, H, S,
+               masks});
+  };
+  return type == ffi::F32 ? of((float*)nullptr) : of((bf16*)nullptr);
+}
+
+// ---- norm: over the last axis of x [rows, D], row i scaled by row i % M of scale [M, D]
+
+template <class W>
+static void norm_rows(const float* x, const W* scale, const W* bias, float* y, int64_t rows, int64_t D, int64_t M,
+                      float eps) {
+  FlushDenormals here;
+  for (int64_t row = 0; row < rows; ++row, x += D, y += D) {
+    const W* by = scale + row % M * D;
+    F total{}, squares{};
+    if (bias)
+      for (int64_t i = 0; i < D; i += L) total += widen_some(x + i, D - i);
+    const F mean = fill(sum(total) / D);
+    for (int64_t i = 0; i < D; i += L) {
+      F centred = widen_some(x + i, D - i) - mean;
+      for (int64_t l = D - i; l < L; ++l) centred[l] = 0;
+      squares = fma(centred, centred, squares);
+    }
+    const F factor = fill(1.0f / std::sqrt(sum(squares) / D + eps));
+    for (int64_t i = 0; i < D; i += L) {
+      F one = (widen_some(x + i, D - i) - mean) * factor * widen_some(by + i, D - i);
+      if (bias) one = one + widen_some(bias + row % M * D + i, D - i);
+      std::memcpy(y + i, &one, std::min<int64_t>(L, D - i) * sizeof(float));
+    }
+  }
+}
+
+static ffi::Error norm(ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> y,
+                       float eps) {
+  auto wrong = [](const char* what) { return ffi::Error::InvalidArgument(what); };
+  if (x.dimensions().size() != 2 || scale.dimensions().size() != 2) return wrong("norm: x and scale have two axes");
+  const int64_t rows = x.dimensions()[0], D = x.dimensions()[1], M = scale.dimensions()[0];
+  const ffi::DataType type = scale.element_type();
+  const bool biased = bias.dimensions().size() == 2;
+  if (!is(x, ffi::F32, {rows, D}) || !is(*y, ffi::F32, {rows, D})) return wrong("norm: x, y are float32 [rows, D]");
+  if (M < 1 || !is(scale, type, {M, D})) return wrong("norm: scale is [M, D], with the D of x");
+  if (!is(bias, type, biased ? Shape{M, D} : Shape{0})) return wrong("norm: bias is as scale, or [0]");
+  auto of = [&](auto* s) {
+    using W = std::remove_pointer_t<decltype(s)>;
+    norm_rows<W>(data<float>(x), s, biased ? data<W>(bias) : nullptr, data<float>(*y), rows, D, M, eps);
+    return ffi::Error::Success();
+  };
+  if (type == ffi::F32) return of(data<float>(scale));
+  if (type == ffi::BF16) return of(data<bf16>(scale));
+  return wrong("norm: scale is float32 or bfloat16");
+}
+
+// ---- rope angles: one call of the C library for each number, whatever the number of positions
+
+static ffi::Error angles(ffi::AnyBuffer positions, ffi::AnyBuffer frequencies, ffi::Result<ffi::AnyBuffer> cos,
+                         ffi::Result<ffi::AnyBuffer> sin) {
+  const int64_t n = positions.element_count(), half = frequencies.element_count();
+  if (!is(positions, ffi::S32, {n}) || !is(frequencies, ffi::F32, {half}) || !is(*cos, ffi::F32, {n, half}) ||
+      !is(*sin, ffi::F32, {n, half}))
+    return ffi::Error::InvalidArgument("angles: int32 [n] and float32 [half] give twice float32 [n, half]");
+  for (int64_t i = 0; i < n * half; ++i) {
+    const float angle = float(data<int32_t>(positions)[i / half]) * data<float>(frequencies)[i % half];
+    data<float>(*cos)[i] = std::cos(angle);
+    data<float>(*sin)[i] = std::sin(angle);
+  }
+  return ffi::Error::Success();
+}
+
+// ---- best: where the largest number of each row stands first
+
+static ffi::Future best(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> y) {
+  if (x.dimensions().size() != 2) return wrong("best: x is [n, V]");
+  const int64_t n = x.dimensions()[0], V = x.dimensions()[1];
+  if (V < 1 || !is(x, ffi::F32, {n, V}) || !is(*y, ffi::S32, {n})) return wrong("best: float32 [n, V] gives int32 [n]");
+  const float* rows = data<float>(x);
+  int32_t* first = data<int32_t>(*y);
+  return run_parts(pool, n, [=](int64_t i) {
+    const float* row = rows + i * V;
+    F highest = fill(row[0]);
+    for (int64_t at = 0; at + L <= V; at += L) {
+      const F here = load<F>(row + at);
+      highest = here > highest ? here : highest;
+    }
+    float top = row[0];
+    for (int l = 0; l < L; ++l) top = std::max(top, highest[l]);
+    for (int64_t at = V / L * L; at < V; ++at) top = std::max(top, row[at]);
+    first[i] = std::find(row, row + V, top) - row;
+    if (first[i] == V) first[i] = 0;  // nothing but nan
+  });
+}
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+using Any = ffi::AnyBuffer;
+
+EXPORTED XLA_FFI_Error* msn_jax_product(XLA_FFI_CallFrame* frame) {
+  static auto* handler =
+      ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Any>().Arg<Any>().Arg<Any>().Ret<Any>().To(product).release();
+  return handler->Call(frame);
+}
+
+EXPORTED XLA_FFI_Error* msn_jax_attention(XLA_FFI_CallFrame* frame) {
+  static auto* handler = ffi::Ffi::Bind()
+                             .Ctx<ffi::ThreadPool>()
+                             .Arg<Any>().Arg<Any>().Arg<Any>().Arg<Any>()
+                             .Arg<Any>().Arg<Any>().Arg<Any>().Arg<Any>()
+                             .Ret<Any>()
+                             .To(attention)
+                             .release();
+  return handler->Call(frame);
+}
+
+EXPORTED XLA_FFI_Error* msn_jax_norm(XLA_FFI_CallFrame* frame) {
+  static auto* handler =
+      ffi::Ffi::Bind().Arg<Any>().Arg<Any>().Arg<Any>().Ret<Any>().Attr<float>("eps").To(norm).release();
+  return handler->Call(frame);
+}
+
+EXPORTED XLA_FFI_Error* msn_jax_angles(XLA_FFI_CallFrame* frame) {
+  static auto* handler = ffi::Ffi::Bind().Arg<Any>().Arg<Any>().Ret<Any>().Ret<Any>().To(angles).release();
+  return handler->Call(frame);
+}
+
+EXPORTED XLA_FFI_Error* msn_jax_best(XLA_FFI_CallFrame* frame) {
+  static auto* handler = ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Any>().Ret<Any>().To(best).release();
+  return handler->Call(frame);
+}
+
+// The instruction set of this machine among those that the build knows; asked of the portable library.
+EXPORTED const char* msn_jax_machine() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return "avx512bf16";
+  if (avx512) return "avx512";
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
+#endif
+  return "portable";
+}

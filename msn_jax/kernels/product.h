@@ -1,0 +1,157 @@
+// y[rows, out] = x[rows, in] w[out, in] for few rows: the weights are read once, whatever the rows.
+//
+// Every (row, out) sum has one order: lane by lane along `in`, then the lanes by `fold`. A tile only says which sums
+// run side by side.
+#pragma once
+
+#include <algorithm>
+
+#include "vector.h"
+
+namespace msn_jax {
+
+// How weights of type W multiply: x is packed once a call into `Packed`; an Operand holds `kStep` of its elements,
+// or of a weight row's.
+template <class W>
+struct Dot {  // float32, and int8 where bfloat16 has no instruction of its own
+  using Packed = float;
+  using Operand = F;
+  static constexpr int kStep = L;
+  static void pack(const float* x, float* out) {
+    for (int i = 0; i < kStep; ++i) {
+      const uint32_t bits = uint32_t(round_bf16(x[i])) << 16;
+      std::memcpy(&out[i], std::is_same_v<W, float> ? (const void*)&x[i] : &bits, sizeof(float));
+    }
+  }
+  static Operand row(const float* x) { return load<F>(x); }
+  static Operand weight(const W* w) { return widen(w); }
+  static F add(F total, Operand w, Operand x) { return fma(w, x, total); }
+};
+
+#if defined(__AVX512BF16__)
+
+struct DotBf16 {
+  using Packed = bf16;
+  using Operand = __m512bh;
+  static constexpr int kStep = 2 * L;
+  static void pack(const float* x, bf16* out) {
+    for (int i = 0; i < kStep; ++i) out[i] = round_bf16(x[i]);
+  }
+  static Operand row(const bf16* x) { return load<Operand>(x); }
+  static F add(F total, Operand w, Operand x) { return (F)_mm512_dpbf16_ps((__m512)total, w, x); }
+};
+template <>
+struct Dot<bf16> : DotBf16 {
+  static Operand weight(const bf16* w) { return load<Operand>(w); }
+};
+template <>
+struct Dot<int8_t> : DotBf16 {  // all of its numbers are bfloat16 numbers
+  static Operand weight(const int8_t* w) { return _mm512_cvtne2ps_pbh((__m512)widen(w + L), (__m512)widen(w)); }
+};
+
+#else
+
+template <>
+struct Dot<bf16> {
+  using Packed = float;
+  struct Operand {
+    F even, odd;
+  };
+  static constexpr int kStep = 2 * L;
+  static void pack(const float* x, float* out) {
+    for (int i = 0; i < kStep; ++i) {
+      const uint32_t bits = uint32_t(round_bf16(x[i])) << 16;
+      std::memcpy(&out[i / 2 + i % 2 * L], &bits, sizeof bits);
+    }
+  }
+  static Operand row(const float* x) { return {load<F>(x), load<F>(x + L)}; }
+  static Operand weight(const bf16* w) {
+    const U pairs = load<U>(w);  // a shift and a mask widen both halves of each
+    return {(F)(pairs << 16), (F)(pairs & 0xFFFF0000)};
+  }
+  static F add(F total, Operand w, Operand x) { return fma(w.odd, x.odd, fma(w.even, x.even, total)); }
+};
+
+#endif
+
+template <class W>
+struct Product {
+  using D = Dot<W>;
+  const typename D::Packed* x;  // [rows rounded up to 4, padded]
+  const W* w;                   // [out, in]
+  const float* scale;           // [out], or null
+  float* y;                     // [rows, out]
+  int64_t rows, in, out, padded;  // padded: `in` up to a whole number of steps
+
+  static int64_t pad(int64_t in) { return (in + D::kStep - 1) / D::kStep * D::kStep; }
+
+  // Pack x [rows, in] into `packed` [rows rounded up to 4, padded]; what is beyond is zero.
+  static void pack(const float* x, int64_t rows, int64_t in, typename D::Packed* packed) {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t k = 0; k < in; k += D::kStep) {
+        float step[D::kStep] = {};
+        std::memcpy(step, x + row * in + k, std::min<int64_t>(D::kStep, in - k) * sizeof(float));
+        D::pack(step, packed + row * pad(in) + k);
+      }
+    }
+    std::fill(packed + rows * pad(in), packed + (rows + 3) / 4 * 4 * pad(in), 0);
+  }
+
+  // L sums: X rows of x, from `row` on, by L / X rows of w, from `first` on.
+  template <int X>
+  __attribute__((always_inline)) void tile(int64_t first, int64_t row) const {
+    constexpr int R = L / X;
+    const W* ws[R];
+    // Beyond the last row of w the last one again: it is computed and not stored.
+    for (int r = 0; r < R; ++r) ws[r] = w + std::min(first + r, out - 1) * in;
+    const typename D::Packed* xs = x + row * padded;
+    F sums[L] = {};
+    int64_t k = 0;
+    for (; k + D::kStep <= in; k += D::kStep) {
+      typename D::Operand xk[X];
+#pragma GCC unroll 16
+      for (int i = 0; i < X; ++i) xk[i] = D::row(xs + i * padded + k);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        // The rows after the next, into the second cache: a row is too short for the processor to foresee them, and
+        // in the first they would take the room of x.
+        __builtin_prefetch(ws[r] + k + 2 * R * in, 0, 2);
+        const typename D::Operand wk = D::weight(ws[r] + k);
+#pragma GCC unroll 16
+        for (int i = 0; i < X; ++i) sums[i * R + r] = D::add(sums[i * R + r], wk, xk[i]);
+      }
+    }
+    if (k < in) {
+      for (int r = 0; r < R; ++r) {
+        W rest[D::kStep] = {};  // nothing is read beyond the row
+        std::memcpy(rest, ws[r] + k, (in - k) * sizeof(W));
+        const typename D::Operand wk = D::weight(rest);
+        for (int i = 0; i < X; ++i) sums[i * R + r] = D::add(sums[i * R + r], wk, D::row(xs + i * padded + k));
+      }
+    }
+    const F folded = fold(sums);
+    const int64_t count = std::min<int64_t>(R, out - first);
+    for (int i = 0; i < X && row + i < rows; ++i) {
+      float* to = y + (row + i) * out + first;
+      for (int r = 0; r < count; ++r) to[r] = scale ? folded[i * R + r] * scale[first + r] : folded[i * R + r];
+    }
+  }
+
+  // All rows by the rows first .. end - 1 of w; `first` is a multiple of L.
+  void run(int64_t first, int64_t end) const {
+    const int64_t kRows = 64;  // of x at one time: they stay in the cache beside a block of w
+    for (int64_t top = 0; top < rows; top += kRows) {
+      const int64_t stop = std::min(rows, top + kRows), left = (stop - top) % 4;
+      for (int64_t block = first; block < end; block += L) {
+        const int64_t last = std::min(end, block + L), whole = stop - (left == 3 ? 0 : left);
+        for (int64_t at = block; at < last; at += L / 4)
+          for (int64_t row = top; row < whole; row += 4) tile<4>(at, row);
+        if (left == 2)
+          for (int64_t at = block; at < last; at += L / 2) tile<2>(at, whole);
+        if (left == 1) tile<1>(block, whole);
+      }
+    }
+  }
+};
+
+}  // namespace msn_jax

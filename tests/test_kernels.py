@@ -1,0 +1,279 @@
+"""The custom calls of msn_jax/kernels against NumPy and XLA: every instruction set of this machine, and equal bits."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import decode_all
+
+from msn_jax import InputError, ModelConfig, forward, init, kernels, unembed
+from msn_jax.cache import init_cache, write_cache
+from msn_jax.decode import tree_set
+from msn_jax.linear import linear, round_int8
+from msn_jax.params import declare, round_params
+
+NAMES = kernels.available()
+pytestmark = pytest.mark.skipif(not NAMES, reason="the kernels are not built")
+each_set = pytest.mark.parametrize("name", NAMES)
+
+
+@pytest.fixture
+def forced(name, monkeypatch):
+    monkeypatch.setenv(kernels.VARIABLE, name)
+    assert kernels.instruction_set() == name
+    return name
+
+
+def bfloat16(x):
+    return x.astype(ml_dtypes.bfloat16)
+
+
+def weights(rng, out, ins, dtype):
+    """(w [out, ins], scale or None, what they stand for in float64)."""
+    if dtype == "int8":
+        w, scale = rng.integers(-127, 128, (out, ins)).astype(np.int8), rng.uniform(0.1, 2, out).astype(np.float32)
+        return w, scale, w * scale[:, None].astype(np.float64)
+    w = rng.normal(size=(out, ins)).astype(dtype)
+    return w, None, w.astype(np.float64)
+
+
+@each_set
+@pytest.mark.parametrize("dtype", ["float32", ml_dtypes.bfloat16, "int8"], ids=str)
+def test_product(name, dtype, forced):
+    # Inner and outer sizes that no vector divides, and row counts of every tile.
+    rng = np.random.default_rng(0)
+    for rows, ins, out in [(1, 64, 16), (2, 33, 17), (3, 70, 5), (5, 9, 40), (8, 1, 1), (64, 96, 24), (66, 40, 3)]:
+        x = rng.normal(size=(rows, ins)).astype(np.float32)
+        w, scale, exact = weights(rng, out, ins, dtype)
+        y = np.asarray(kernels.product(name, x, w, scale))
+        rounded = x if dtype == "float32" else bfloat16(x)
+        bound = np.abs(rounded).astype(np.float64) @ np.abs(exact).T
+        assert (np.abs(y - rounded.astype(np.float64) @ exact.T) <= 3e-7 * ins**0.5 * bound + 1e-30).all()
+        alone = [np.asarray(kernels.product(name, x[i : i + 1], w, scale)) for i in (0, rows - 1)]
+        assert (y[0] == alone[0][0]).all() and (y[-1] == alone[1][0]).all()
+
+
+def numpy_attention(q, k, v, mask, past_k, past_v, length, oldest):
+    """[B, T, K, G, H] in float64, one query at a time."""
+    B, T, K, G, H = q.shape
+    out = np.zeros(q.shape)
+    for b, t, head, g in np.ndindex(B, T, K, G):
+        first = max(oldest[b, t], 0) if oldest is not None else 0
+        seen = mask[b % len(mask), t]
+        keys = np.concatenate([past_k[b, head, first : length[b]], k[b, head, seen]])
+        values = np.concatenate([past_v[b, head, first : length[b]], v[b, head, seen]])
+        scores = keys @ q[b, t, head, g] * H**-0.5
+        weight = np.exp(scores - scores.max())
+        out[b, t, head, g] = weight @ values / weight.sum()
+    return out
+
+
+def attention_case(rng, B, T, K, G, H, S, window, dtype):
+    draw = lambda *shape: rng.normal(size=shape).astype(dtype)
+    mask = np.tril(rng.random((rng.choice([1, B]), T, T)) < 0.5) | np.eye(T, dtype=bool)
+    length = rng.integers(0, S + 1, B).astype(np.int32)
+    oldest = (length[:, None] + np.arange(T) - rng.integers(1, S + 4)).astype(np.int32) if window else None
+    cache = draw(B, K, S, H), draw(B, K, S, H)
+    for past in cache:
+        for b in range(B):
+            past[b, :, length[b] :] = np.nan  # never read
+    return draw(B, T, K, G, H), draw(B, K, T, H), draw(B, K, T, H), mask, *cache, length, oldest
+
+
+@each_set
+@pytest.mark.parametrize("dtype", ["float32", ml_dtypes.bfloat16], ids=str)
+def test_attention(name, dtype, forced):
+    rng = np.random.default_rng(1)
+    small = [(1, 1, 1, 1, 2, 5), (2, 3, 2, 3, 10, 40), (1, 9, 2, 1, 36, 0)]
+    for case in [*small, (1, 16, 3, 3, 64, 70), (2, 20, 1, 2, 96, 7)]:
+        for window in (False, True):
+            q, k, v, mask, past_k, past_v, length, oldest = attention_case(rng, *case, window, dtype)
+            y = kernels.attention(name, q, k, v, mask, (past_k, past_v), length, oldest)
+            wide = [a.astype(np.float64) for a in (q, k, v, past_k, past_v)]
+            want = numpy_attention(*wide[:3], mask, *wide[3:], length, oldest)
+            np.testing.assert_allclose(np.asarray(y), want, rtol=1e-5, atol=2e-6)
+
+
+@each_set
+def test_norm_and_angles_and_best(name, forced):
+    rng = np.random.default_rng(2)
+    for rows, D, M in [(1, 7, 1), (6, 24, 3), (5, 100, 1)]:
+        x, scale, bias = (rng.normal(size=s).astype(np.float32) for s in ((rows, D), (M, D), (M, D)))
+        y, wide, by = np.asarray(kernels.norm(name, x, scale, None, 1e-5)), x.astype(np.float64), np.arange(rows) % M
+        want = wide / np.sqrt((wide**2).mean(1, keepdims=True) + 1e-5) * scale[by]
+        np.testing.assert_allclose(y, want, rtol=2e-6, atol=1e-6)
+        y = np.asarray(kernels.norm(name, x, bfloat16(scale), bfloat16(bias), 1e-5))
+        wide -= wide.mean(1, keepdims=True)
+        want = wide / np.sqrt((wide**2).mean(1, keepdims=True) + 1e-5)
+        want = want * bfloat16(scale)[by].astype(float) + bfloat16(bias)[by].astype(float)
+        np.testing.assert_allclose(y, want, rtol=2e-6, atol=2e-6)
+    positions, frequencies = np.arange(9, dtype=np.int32) * 1000, np.float32([1, 0.3, 1e-4])
+    cos, sin = kernels.angles(name, positions, frequencies)
+    angle = (positions[:, None].astype(np.float32) * frequencies).astype(np.float64)
+    np.testing.assert_allclose(np.asarray(cos), np.cos(angle), atol=1e-7)
+    np.testing.assert_allclose(np.asarray(sin), np.sin(angle), atol=1e-7)
+    for V in (1, 5, 33, 200):
+        logits = rng.integers(0, 9, (7, V)).astype(np.float32)  # most maxima stand there twice
+        assert (np.asarray(kernels.best(name, logits)) == logits.argmax(1)).all()
+    assert int(kernels.best(name, np.full((1, 40), -np.inf, np.float32))[0]) == 0
+
+
+MODELS = {
+    "llama": dict(heads=4, kv_heads=2, head_dim=10),
+    "window": dict(heads=3, kv_heads=3, head_dim=8, sliding_window=7),
+    "biases": dict(
+        heads=6, kv_heads=2, head_dim=6, norm="layer", activation="gelu_tanh", qkv_bias=True, o_bias=True, mlp_bias=True
+    ),
+    "qk_norm": dict(heads=4, kv_heads=1, head_dim=36, qk_norm=True, tie_embeddings=True),
+}
+
+
+def tiny_model(family, dtype):
+    cfg = ModelConfig(vocab_size=67, embed=40, layers=2, mlp=72, max_position=96, **MODELS[family])
+    params = init(jax.random.key(3), cfg, jnp.float32 if dtype == "int8" else dtype)
+    params = jax.tree.map(lambda a: a + 0.01, params)  # biases other than zero
+    return cfg, round_params(params, declare(cfg)) if dtype == "int8" else params
+
+
+def hidden_states(cfg, params, tokens, width):
+    """Hidden states of tokens [B, T] in passes of `width`."""
+    B, T = tokens.shape
+    cache, out = init_cache(cfg, B, T, params.embed.dtype), []
+    run = jax.jit(lambda p, t, at, c: forward(p, cfg, t, at, None, c, dtype=jnp.float32))
+    for start in range(0, T, width):
+        part = tokens[:, start : start + width]
+        at = jnp.broadcast_to(jnp.arange(start, start + part.shape[1]), part.shape)
+        hidden, new = run(params, part, at, cache)
+        length = jnp.full(B, start, jnp.int32)
+        cache = write_cache(cache, new, length).replace(length=length + part.shape[1])
+        out.append(np.asarray(hidden))
+    return np.concatenate(out, axis=1)
+
+
+DTYPES = ("float32", "bfloat16", "int8")
+# All families and dtypes with the fastest set, each dtype and set with one family.
+CASES = [(family, dtype, NAMES[0]) for family in MODELS for dtype in DTYPES if NAMES]
+CASES += [
+    (list(MODELS)[(i + j) % 4], dtype, name) for i, name in enumerate(NAMES[1:]) for j, dtype in enumerate(DTYPES)
+]
+
+
+@pytest.mark.parametrize("family, dtype, name", CASES)
+def test_bits_do_not_depend_on_width_or_batch(family, dtype, name, forced):
+    cfg, params = tiny_model(family, dtype)
+    tokens = jax.random.randint(jax.random.key(0), (4, 32), 0, cfg.vocab_size)
+    one = hidden_states(cfg, params, tokens[:1], 1)
+    for B, width in [(1, 2), (1, 32), (4, 8)]:
+        assert (hidden_states(cfg, params, tokens[:B], width)[0] == one[0]).all()
+
+
+@pytest.mark.parametrize(
+    "family, dtype", [*((family, "float32") for family in MODELS), ("llama", "bfloat16"), ("llama", "int8")]
+)
+def test_the_same_as_xla(family, dtype, monkeypatch):
+    cfg, params = tiny_model(family, dtype)
+    tokens = jax.random.randint(jax.random.key(0), (2, 24), 0, cfg.vocab_size)
+    ours = hidden_states(cfg, params, tokens, 8)
+    monkeypatch.setenv(kernels.VARIABLE, "off")
+    theirs = hidden_states(cfg, params, tokens, 8)
+    assert (ours != theirs).any()  # or the kernels did not run
+    atol = 1e-5 if dtype == "float32" else 0.06
+    np.testing.assert_allclose(ours, theirs, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_every_method_gives_the_tokens_of_ar(dtype):
+    cfg, params = tiny_model("llama", dtype)
+    prompts = [[1, 2, 3, 4, 2, 3], [5, 6, 7], [9], [8, 8, 8, 8]]
+    for settings in ({}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9}):
+        decode = lambda method, rows, given=settings: decode_all(
+            params, cfg, tree_set(method), rows, max_new_tokens=40, dtype=params.embed.dtype, **given
+        )[1]
+        plain = decode("ar", prompts)
+        for method in ("tr-jacobi", "lookup"):
+            assert decode(method, prompts) == plain
+            assert decode(method, prompts[:1]) == plain[:1]
+
+
+def test_gradients_and_maps_are_those_of_xla(tiny, monkeypatch):
+    cfg, params = tiny
+    tokens, positions = jnp.array([[3, 1, 4, 1]]), jnp.arange(4)[None]
+    loss = lambda p: unembed(p, cfg, forward(p, cfg, tokens, positions)[0]).sum()
+    ours = jax.tree.leaves(jax.jit(jax.grad(loss))(params))
+    one = lambda row: unembed(params, cfg, forward(params, cfg, row[None], positions)[0])
+    rows = jnp.array([[3, 1, 4, 1], [5, 9, 2, 6]])
+    mapped, alone = jax.vmap(one)(rows), [one(row) for row in rows]
+    assert (np.asarray(mapped) == np.asarray(alone)).all()
+    monkeypatch.setenv(kernels.VARIABLE, "off")
+    theirs = jax.tree.leaves(jax.jit(jax.grad(loss))(params))
+    for a, b in zip(ours, theirs):  # the angles, of which there is no gradient, are still those of the kernel
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-5)
+
+
+def test_wrong_shapes_and_dtypes_are_refused(monkeypatch):
+    f32, name = np.float32, NAMES[-1]
+    monkeypatch.setenv(kernels.VARIABLE, name)
+    assert kernels.instruction_set() == name
+    x, w = np.zeros((2, 8), f32), np.zeros((4, 8), f32)
+    call = lambda what, out, *args, **attributes: jax.block_until_ready(
+        kernels._call(what, name, jax.ShapeDtypeStruct(*out), *args, **attributes)
+    )
+    none = np.zeros(0, f32)
+    for args, out in [
+        ((x, w[:, :7], none), (2, 4)),
+        ((x, w, none), (2, 5)),
+        ((x.astype(np.float16), w, none), (2, 4)),
+        ((x, w.astype(np.int16), none), (2, 4)),
+        ((x, w.astype(np.int8), none), (2, 4)),
+        ((x[0], w, none), (2, 4)),
+    ]:
+        with pytest.raises(Exception, match="product: "):
+            call("product", (out, f32), *args)
+    rng = np.random.default_rng(0)
+    q, k, v, mask, past_k, past_v, length, _ = attention_case(rng, 2, 3, 2, 2, 8, 6, False, "float32")
+    good = [q, k, v, mask, past_k, past_v, length, np.zeros(0, np.int32)]
+    for i, bad in [(1, k[:, :1]), (2, v.astype(np.int32)), (3, mask[:, :2]), (5, past_v[:, :, :4]), (6, length[:1])]:
+        with pytest.raises(Exception, match="attention: "):
+            call("attention", (q.shape, f32), *good[:i], bad, *good[i + 1 :])
+    with pytest.raises(Exception, match="norm: "):
+        call("norm", ((2, 8), f32), x, w[:1, :7], none, eps=f32(1e-5))
+    with pytest.raises(Exception, match="angles: "):
+        kernels.angles(name, np.zeros((2, 2), np.int32), np.zeros(3, f32))
+    with pytest.raises(Exception, match="best: "):
+        kernels.best(name, np.zeros((2, 0), f32))
+
+
+def test_what_runs_is_told_and_refused(monkeypatch):
+    monkeypatch.delenv(kernels.VARIABLE, raising=False)
+    assert kernels.describe() == f"C++ kernels for {NAMES[0]}"
+    monkeypatch.setenv(kernels.VARIABLE, "off")
+    assert kernels.instruction_set() is None and "MSN_JAX_KERNELS=off" in kernels.describe()
+    monkeypatch.setenv(kernels.VARIABLE, "sse9")
+    with pytest.raises(InputError, match="MSN_JAX_KERNELS=sse9: accepted: off, avx512bf16"):
+        kernels.describe()
+
+
+def test_several_devices_run_xla():
+    code = "from msn_jax import kernels; print(kernels.describe())"
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "XLA, no C++ kernels (several CPU devices)"
+
+
+def test_int8_rounds_each_output_by_its_largest_weight():
+    rng = np.random.default_rng(4)
+    w = rng.normal(size=(3, 2, 5)).astype(np.float32)
+    w[1] = 0
+    rounded = round_int8(w, 2)
+    assert rounded.values.dtype == np.int8 and rounded.scale.shape == (3,)
+    np.testing.assert_allclose(rounded.scale[[0, 2]], np.abs(w[[0, 2]]).max((1, 2)) / 127, rtol=1e-6)
+    back = rounded.values * rounded.scale[:, None, None]
+    assert np.abs(back - w).max() <= rounded.scale.max() / 2 * 1.001
+    x = rng.normal(size=(4, 2, 5)).astype(np.float32)
+    y = np.asarray(linear(jnp.asarray(x), jax.tree.map(jnp.asarray, rounded), in_dims=2))
+    np.testing.assert_allclose(y, np.einsum("rij,oij->ro", bfloat16(x).astype(float), back), atol=1e-4)
