@@ -53,7 +53,8 @@ def kept(stage: Stage) -> list[dict]:
     return file["rows"]
 
 
-def test_check_compares_with_ar(tmp_path, args):
+def test_check_compares_with_ar(tmp_path, args, monkeypatch):
+    monkeypatch.setattr(check, "ARMS", {"float32": ("ar", "tr-jacobi"), "bfloat16": ("ar",)})
     stage = Stage("check", tmp_path, 600, small=True)
     check.run(stage, args)
     rows = kept(stage)
@@ -65,7 +66,8 @@ def test_check_compares_with_ar(tmp_path, args):
         assert row["what"]["dtype"] == "bfloat16" or row["different"] == 0
 
 
-def test_passes_keep_a_floor_and_answers(tmp_path, args):
+def test_passes_keep_a_floor_and_answers(tmp_path, args, monkeypatch):
+    monkeypatch.setattr(passes, "SMALL", passes.SMALL[:1])
     stage = Stage("passes", tmp_path, 600, small=True)
     passes.run(stage, args)
     rows = kept(stage)
@@ -73,7 +75,7 @@ def test_passes_keep_a_floor_and_answers(tmp_path, args):
     (answers,) = [row for row in rows if row["what"] == {"what": "answers"}]
     assert answers["second_run_same"] and all(answers["tokens"])
     timed = [row for row in rows if "nodes" in row["what"]]
-    assert [row["what"]["nodes"] for row in timed] == [1, 8, 1, 8]
+    assert [row["what"]["nodes"] for row in timed] == [1, 8]
     assert all(0 < row["min_ms"] <= row["ms"] and row["floor_ms"] > 0 for row in timed)
 
 
@@ -92,12 +94,13 @@ def test_decode_keeps_answers_of_every_method(tmp_path, args):
     assert "3 questions of `golden_ar.json` (3 answers, up to 16 tokens), bfloat16, batch 1" in page
 
 
-def test_train_keeps_steps(tmp_path, args):
+def test_train_keeps_steps(tmp_path, args, monkeypatch):
+    monkeypatch.setattr(training, "SMALL", training.SMALL[1:])
     stage = Stage("train", tmp_path, 600, small=True)
     training.run(stage, args)
     rate, *steps = kept(stage)
     assert rate["flops_per_s"] > 0
-    assert [step["what"]["remat"] for step in steps] == ["none", "full"]
+    assert [step["what"]["remat"] for step in steps] == ["full"]
     assert all(step["tokens_per_s"] > 0 and step["mfu"] is None for step in steps)
 
 
@@ -156,7 +159,7 @@ def test_a_failing_stage_does_not_stop_the_next(tmp_path, chat_ckpt):
 
 
 def test_a_run_cut_off_goes_on(tmp_path, chat_ckpt):
-    asked = command(tmp_path, chat_ckpt, "--stages", "passes,train", "--budget_s", "300")
+    asked = command(tmp_path, chat_ckpt, "--stages", "passes", "--budget_s", "300")
     running = subprocess.Popen(asked, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 240
     while not (read(tmp_path / "passes.json") or {"rows": []})["rows"]:
@@ -165,15 +168,14 @@ def test_a_run_cut_off_goes_on(tmp_path, chat_ckpt):
     running.send_signal(signal.SIGTERM)
     assert running.wait(30) == 143
     before = read(tmp_path / "passes.json")["rows"]
+    assert before
     done = subprocess.run(asked, capture_output=True, text=True, check=True)
     after = read(tmp_path / "passes.json")
-    assert after["complete"] and after["rows"][: len(before)] == before and read(tmp_path / "train.json")["complete"]
+    assert after["complete"] and after["rows"][: len(before)] == before
     third = subprocess.run(asked, capture_output=True, text=True, check=True)
-    assert json.loads(third.stdout.splitlines()[-1])["stages"] == {
-        name: "kept from before" for name in ("passes", "train")
-    }
+    assert json.loads(third.stdout.splitlines()[-1])["stages"] == {"passes": "kept from before"}
     page = "\n".join(accelerator_report.section(tmp_path))
-    assert "### What a pass costs" in page and "### A training step" in page and done.stdout
+    assert "### What a pass costs" in page and json.loads(done.stdout.splitlines()[-1])["stages"] == {"passes": "done"}
 
 
 @pytest.mark.parametrize(
