@@ -18,12 +18,12 @@ class KernelsHook(BuildHookInterface):
         build = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(build)
-            build.build()
+            libraries = build.build()
         except (ImportError, OSError, subprocess.CalledProcessError) as e:
             said = (getattr(e, "stderr", None) or str(e)).strip().splitlines()
             self.app.display_warning(f"the C++ kernels are not built: {said[0] if said else type(e).__name__}")
             return
-        build_data["artifacts"].append("msn_jax/kernels/*.so")
+        build_data["artifacts"] += [f"msn_jax/kernels/{library.name}" for library in libraries]
         build_data["pure_python"] = False
         # The libraries are for any Python.
         build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"

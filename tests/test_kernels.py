@@ -14,6 +14,7 @@ from conftest import decode_all
 from msn_jax import InputError, ModelConfig, forward, init, kernels, unembed
 from msn_jax.cache import init_cache, write_cache
 from msn_jax.decode import tree_set
+from msn_jax.kernels.build import library_path
 from msn_jax.linear import linear, round_int8
 from msn_jax.params import declare, round_params
 
@@ -277,3 +278,13 @@ def test_int8_rounds_each_output_by_its_largest_weight():
     x = rng.normal(size=(4, 2, 5)).astype(np.float32)
     y = np.asarray(linear(jnp.asarray(x), jax.tree.map(jnp.asarray, rounded), in_dims=2))
     np.testing.assert_allclose(y, np.einsum("rij,oij->ro", bfloat16(x).astype(float), back), atol=1e-4)
+
+
+def test_a_library_is_of_one_ffi_version(tmp_path, monkeypatch):
+    header = tmp_path / "xla" / "ffi" / "api" / "c_api.h"
+    header.parent.mkdir(parents=True)
+    header.write_text("#define XLA_FFI_API_MAJOR 0\n#define XLA_FFI_API_MINOR 99\n")
+    built_here = library_path("portable")
+    monkeypatch.setattr(jax.ffi, "include_dir", lambda: str(tmp_path))
+    other = library_path.__wrapped__("portable")
+    assert other.name == "_portable.ffi0_99.so" and other != built_here and not other.exists()

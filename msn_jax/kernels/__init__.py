@@ -12,7 +12,6 @@ import ctypes
 import os
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +64,7 @@ def _choose(wanted: str) -> tuple[str | None, str]:
         accepted = ", ".join(("off", *there))
         raise InputError(f"{VARIABLE}={wanted}: not built, or not of this machine; accepted: {accepted}")
     if not there:
-        return None, "not built: pip install builds them where there is a C++ compiler"
+        return None, "not built for this jax: pip install builds them where there is a C++ compiler"
     try:
         devices = jax.local_device_count("cpu")
     except RuntimeError:  # JAX_PLATFORMS names others
@@ -81,9 +80,10 @@ def _choose(wanted: str) -> tuple[str | None, str]:
 
 @cache
 def _library(name: str) -> ctypes.CDLL | None:
-    path = Path(__file__).with_name(f"_{name}.so")
+    from msn_jax.kernels.build import library_path  # which runs as a module of its own
+
     try:
-        return ctypes.CDLL(str(path))
+        return ctypes.CDLL(str(library_path(name)))
     except OSError:  # not there, or of another system
         return None
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import jax.ffi
@@ -24,6 +26,15 @@ FLAGS: dict[str, list[str]] = {"portable": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     AVX512 = ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
     FLAGS |= {"avx2": ["-mavx2", "-mfma"], "avx512": AVX512, "avx512bf16": [*AVX512, "-mavx512bf16"]}
+
+
+@cache
+def library_path(name: str) -> Path:
+    """Where the library of an instruction set stands. A library serves the FFI version alone that it was compiled for,
+    and environments with several versions of jax may share a checkout."""
+    header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
+    version = (re.search(rf"#define XLA_FFI_API_{part} (\d+)", header)[1] for part in ("MAJOR", "MINOR"))
+    return HERE / f"_{name}.ffi{'_'.join(version)}.so"
 
 
 def compiler() -> str | None:
@@ -45,7 +56,7 @@ def compile_library(name: str, library: Path, extra: tuple[str, ...] = ("-O3",))
 
 def build() -> list[Path]:
     """Compile every library; those that there are at the end."""
-    made = {name: HERE / f"_{name}.so" for name in FLAGS}
+    made = {name: library_path(name) for name in FLAGS}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_library, made, made.values()))
     return list(made.values())
