@@ -127,7 +127,8 @@ def check_same_run(run: RunConfig) -> None:
     old, new = dataclasses.asdict(run_dir.read_config(folder)), dataclasses.asdict(run)
     for section, free in FREE_TO_CHANGE.items():
         for name in list(new[section]) if free is None else free:
-            old[section].pop(name), new[section].pop(name)
+            for values in (old[section], new[section]):
+                values.pop(name)
     for section in new:
         for name, value in new[section].items():
             if old[section][name] != value:

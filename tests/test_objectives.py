@@ -270,7 +270,7 @@ def test_marked_runs_resume_export_and_decode_with_marks(config, tmp_path):
 @pytest.mark.parametrize(
     "noise, lora, message",
     [
-        ({"layout": "under"}, {}, "noise.layout = under is not possible; accepted: inline, or beside"),
+        ({"layout": "under"}, {}, "noise.layout = under is not possible; accepted: inline, beside"),
         ({"layout": "beside", "kind": "none"}, {}, "noise.layout = beside is not possible"),
         ({"mark": True, "kind": "none"}, {}, "noise.mark = True is not possible"),
         ({"mark": True}, {"rank": 2, "draft_only": True}, "noise.mark = True: noise of a draft-only adapter"),

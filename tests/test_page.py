@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from test_source import retrieved
 
 from msn_jax import generate
 from msn_jax.decode.prompts import encode
@@ -12,14 +13,9 @@ pytestmark = pytest.mark.slow
 
 
 def found_by_hand(text, count):
-    """What followed the longest earlier occurrence of the text's end, up to 16 tokens of it; the latest counts."""
-    best = (0, -1)
-    for at in range(len(text) - 1):
-        match = 0
-        while match < 16 and at - match >= 0 and text[at - match] == text[len(text) - 1 - match]:
-            match += 1
-        best = max(best, (match, at))
-    return text[best[1] + 1 : best[1] + 1 + count] if best[0] else []
+    """The continuation of the text's end that its earlier occurrences agree on, without what lies past the end."""
+    (path,), _ = retrieved(text, count, 1)
+    return [token for token in path if token >= 0]
 
 
 @pytest.mark.parametrize("method", ["lookup", "tr-jacobi", "ar"])
@@ -32,7 +28,7 @@ def test_tokens_are_marked_by_where_they_came_from(shallow, tmp_path, method):
     at, marks = 0, []
     for pieces, count, offered in zip(run.pieces, result.accepted, run.offered, strict=True):
         before, new = [*ids, *result.tokens[:at]], result.tokens[at : at + count]
-        found = found_by_hand(before, count)
+        found = found_by_hand(before, max(result.accepted))[:count]
         expected = [RETRIEVED if found[: i + 1] == new[: i + 1] else PREDICTED for i in range(count - 1)] + [OWN]
         assert [piece.origin for piece in pieces] == expected
         missed = len(found) >= count and found[: count - 1] == new[: count - 1] and found[count - 1] != new[-1]

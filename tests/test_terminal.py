@@ -75,7 +75,9 @@ def test_what_is_compiled_is_kept_where_it_is_wanted(shell, tmp_path):
     assert done.returncode == 0 and kept(), done
     again = shell(line, XDG_CACHE_HOME=str(tmp_path / "cache"))
     assert again.stdout == done.stdout and "compiling" in again.stderr
-    assert "loading" in done.stderr and len(done.stderr.splitlines()) == 3, done.stderr  # and the figures
+    assert "loading" in done.stderr and len(done.stderr.splitlines()) == 4, (
+        done.stderr
+    )  # and what computes, and the figures
     shell(line, XDG_CACHE_HOME=str(tmp_path / "other"), MSN_JAX_CACHE="off")
     shell("$DECODE --prompt abqc", XDG_CACHE_HOME=str(tmp_path / "other"))  # a folder of the user's own
     assert not (tmp_path / "other").exists()
