@@ -162,4 +162,3 @@ def test_ctrl_c_saves_and_ends_well(config, tmp_path):
     assert process.returncode == 0 and "Ctrl-C again" in output, output
     saved = int(re.search(r"stopped after step (\d+)", output)[1])
     assert Checkpoints(tmp_path / "run", keep=1).steps() == [saved] and len(lines(tmp_path / "run")) == saved
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
