@@ -31,9 +31,9 @@ mkdir -p "$w" "$out"
 for file in pack/part*/w.*; do [ -f "$file" ] && cp "$file" "$w/"; done
 [ -d pack/wheels ] && [ ! -d "$site" ] && python3 -m pip install -q --no-index --no-deps --no-compile --upgrade \
   --target "$site" pack/wheels/*.whl
-cat "$w"/w.* > /tmp/smollm2.gguf
+cat "$w"/w.* > pack/smollm2.gguf
 export PYTHONPATH="$site:$PWD" PYTHONUNBUFFERED=1
-set -- --ckpt /tmp/smollm2.gguf --adapter adapters/smollm2-135m-msn --out "$out/figures" "$@"
+set -- --ckpt pack/smollm2.gguf --adapter adapters/smollm2-135m-msn --out "$out/figures" "$@"
 [ -f pack/questions.jsonl ] && set -- "$@" --questions pack/questions.jsonl
 data=$(find pack/data -type f 2>/dev/null | sort | tr '\n' ' ')
 [ -n "$data" ] && set -- "$@" --prompts "$data"

@@ -21,14 +21,20 @@ def print_record(**figures: Any) -> None:
 
 
 def run_record() -> dict[str, str]:
-    """The command as typed, the commit of the script's checkout ("" outside of one), and the device."""
+    """The command, the commit of the script's checkout ("" outside of one), and the device."""
     module = sys.modules["__main__"].__spec__  # of `python -m`; None of a script
-    program = [sys.argv[0]] if module is None else ["-m", module.name]
+    program = [_in_checkout(Path(sys.argv[0]))] if module is None else ["-m", module.name]
     return {
         "command": " ".join(["python", *program, *sys.argv[1:]]),
         "commit": _commit(Path(sys.argv[0]).resolve().parent),
         "device": f"{jax.devices()[0].device_kind} x{jax.device_count()}, {os.cpu_count()} cores{processor()}",
     }
+
+
+def _in_checkout(script: Path) -> str:
+    """A script by its place in its checkout: where that stands is no part of the command."""
+    root = Path(__file__).resolve().parent.parent
+    return str(script.resolve().relative_to(root) if script.resolve().is_relative_to(root) else script)
 
 
 def _commit(folder: Path) -> str:
