@@ -22,6 +22,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, with `benchmarks` beside it
 
+from benchmarks.accelerator_report import summary  # noqa: E402
+from benchmarks.stages.files import read, row_of  # noqa: E402
+
 # Share of the budget that each stage may take at most, in order of worth; what one leaves the next ones have.
 STAGES = {"check": 0.16, "passes": 0.22, "graphs": 0.1, "decode": 0.22, "train": 0.16, "learn": 1.0}
 MODULES = {"graphs": "passes", "decode": "decoding", "train": "training", "learn": "learning"}
@@ -94,8 +97,6 @@ def conduct(args, arguments: list[str]) -> int:
         except subprocess.TimeoutExpired:
             kill(child)
             outcomes[name] = "cut off"
-    from benchmarks.accelerator_report import summary
-
     record = summary(args.out) | {"stages": outcomes, "seconds": round(time.monotonic() - start, 1)}
     print(json.dumps(record))
     return 0
@@ -124,12 +125,6 @@ def environment(out: Path, stage: str) -> dict[str, str]:
     return env
 
 
-def row_of(file: dict | None, **what) -> dict:
-    """The first row of a stage's file whose `what` has these values, empty without one."""
-    rows = file["rows"] if file else []
-    return next((row for row in rows if what.items() <= row["what"].items()), {})
-
-
 def flash_pays(out: Path) -> bool:
     """Whether cuDNN's attention was right, and a step with it faster."""
     error = row_of(read(out / "check.json"), what="cudnn attention").get("largest_error", 1.0)
@@ -146,14 +141,6 @@ def graphs_pay(out: Path) -> bool:
         return False
     same = answers[0]["tokens"] == answers[1]["tokens"] and answers[1]["second_run_same"]
     return same and ones[1]["ms"] < ones[0]["ms"]
-
-
-def read(path: Path) -> dict | None:
-    """A stage's file; None where there is none. As in stages/stage.py, which imports jax: this process does not."""
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return None
 
 
 if __name__ == "__main__":

@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import defaultdict
 from pathlib import Path
 
+from msn_jax.answers import figures
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script, with `benchmarks` beside it
+
+from benchmarks.stages.files import read, row_of  # noqa: E402
+
 STAGES = ("check", "passes", "graphs", "decode", "train", "learn")
-LOOPS = 0.2  # as in spec_bench.py: an output that repeats a larger share of its 4-grams is a loop
 
 
-def read(folder: Path) -> dict[str, dict]:
+def read_all(folder: Path) -> dict[str, dict]:
     """The stages that a folder holds."""
-    return {name: json.loads(file.read_text()) for name in STAGES if (file := folder / f"{name}.json").exists()}
+    return {name: file for name in STAGES if (file := read(folder / f"{name}.json"))}
 
 
 def table(head: list[str], rows: list[list]) -> list[str]:
@@ -26,25 +32,20 @@ def table(head: list[str], rows: list[list]) -> list[str]:
 
 
 def decode_figures(answers: list[dict]) -> dict[str, dict]:
-    """By method: tokens a second, its ratio to `ar`, tokens a pass over all and over answers that do not loop."""
+    """By method what answers.figures says, and the time of a pass."""
     by_method = defaultdict(list)
     for row in answers:
         by_method[row["method"]].append(row)
-    rate = lambda rows: sum(r["tokens"] for r in rows) / sum(r["seconds"] for r in rows)
-    mat = lambda rows: sum(r["tokens"] for r in rows) / max(1, sum(r["forwards"] for r in rows))
-    figures = {}
-    for name, rows in by_method.items():
-        outcomes = [row["outcome"] for row in rows]
-        figures[name] = {
-            "tokens_per_s": round(rate(rows), 1),
-            "ratio_to_ar": round(rate(rows) / rate(by_method["ar"]), 3),
-            "ms_a_pass": round(1e3 * sum(r["seconds"] for r in rows) / max(1, sum(r["forwards"] for r in rows)), 3),
-            "mat": round(mat(rows), 3),
-            "mat_no_loops": round(mat([r for r in rows if r["rep4_frac"] < LOOPS]), 3),
-            "outputs": len(rows),
-            **{kind: outcomes.count(kind) for kind in ("identical", "near_tie", "different")},
-        }
-    return figures
+    return {
+        name: figures(rows, by_method["ar"])
+        | {"ms_a_pass": round(1e3 * sum(r["seconds"] for r in rows) / max(1, sum(r["forwards"] for r in rows)), 3)}
+        for name, rows in by_method.items()
+    }
+
+
+def answers_of(stage: dict) -> list[dict]:
+    """All answers that the stage `decode` has kept."""
+    return [answer for row in stage["rows"] for answer in row.get("answers", [])]
 
 
 def passes_table(stage: dict) -> list[str]:
@@ -69,7 +70,7 @@ def passes_table(stage: dict) -> list[str]:
 
 
 def section(folder: Path) -> list[str]:
-    stages = read(folder)
+    stages = read_all(folder)
     if not stages:
         return [f"{folder.name}: no figures"]
     machine = next(iter(stages.values()))["machine"]
@@ -99,30 +100,29 @@ def lines_of(file: Path) -> list[str]:
     if not file.exists():
         return []
     lines = ["", "### From step_cost.py and train_bench.py"]
-    for figures in map(json.loads, file.read_text().splitlines()):
-        lines += ["", f"`{figures['command']}` at {figures['commit']}:"]
-        if "nodes" in figures:
-            cells = [[n, f"{row['ms']:.2f}", f"{row['ratio_to_first']:.2f}"] for n, row in figures["nodes"].items()]
+    for line in map(json.loads, file.read_text().splitlines()):
+        lines += ["", f"`{line['command']}` at {line['commit']}:"]
+        if "nodes" in line:
+            cells = [[n, f"{row['ms']:.2f}", f"{row['ratio_to_first']:.2f}"] for n, row in line["nodes"].items()]
             lines += table(["nodes", "ms a pass", "to the first"], cells)
         else:
-            mfu = f", {figures['mfu']:.1%} of the device's peak" if figures["mfu"] else ""
+            mfu = f", {line['mfu']:.1%} of the device's peak" if line["mfu"] else ""
             lines += [
-                f"{figures['parameters'] / 1e6:.0f} million parameters, remat {figures['remat']}: "
-                f"{figures['tokens_per_s']:.0f} tokens/s{mfu}, {figures['matmul_rate_frac']:.0%} of the rate of a "
-                f"large product, {figures['peak_bytes'] / 2**30:.1f} GiB at most, compiled in "
-                f"{figures['compile_s']:.0f} s."
+                f"{line['parameters'] / 1e6:.0f} million parameters, remat {line['remat']}: "
+                f"{line['tokens_per_s']:.0f} tokens/s{mfu}, {line['matmul_rate_frac']:.0%} of the rate of a "
+                f"large product, {line['peak_bytes'] / 2**30:.1f} GiB at most, compiled in "
+                f"{line['compile_s']:.0f} s."
             ]
     return lines
 
 
 def check_lines(stage: dict, _) -> list[str]:
     lines = ["### Is the output right"]
-    for row in stage["rows"]:
-        if row["what"].get("what") == "float32 product":
-            lines += ["", f"A float32 product is off by at most {row['largest_error']:.1e} of its largest value."]
-        if row["what"].get("what") == "cudnn attention":
-            got = f"off by at most {row['largest_error']:.1e}" if "largest_error" in row else f"fails: {row['error']}"
-            lines += ["", f"Gradients of cuDNN's attention, bfloat16, packed rows, against XLA's form: {got}."]
+    if row := row_of(stage, what="float32 product"):
+        lines += ["", f"A float32 product is off by at most {row['largest_error']:.1e} of its largest value."]
+    if row := row_of(stage, what="cudnn attention"):
+        got = f"off by at most {row['largest_error']:.1e}" if "largest_error" in row else f"fails: {row['error']}"
+        lines += ["", f"Gradients of cuDNN's attention, bfloat16, packed rows, against XLA's form: {got}."]
     rows = []
     for row in stage["rows"]:
         if "method" in row["what"]:
@@ -148,22 +148,18 @@ def shown(method: str) -> str:
 
 def passes_lines(stage: dict, _) -> list[str]:
     lines = ["### What a pass costs", ""]
-    for row in stage["rows"]:
-        if row["what"].get("what") == "copy":
-            lines += [
-                f"Inside the compiled loop; the floor reads weights and the filled half of the cache once, at the "
-                f"{row['bytes_per_s'] / 1e9:.0f} GB/s of a copy in the same run. By nodes: ratios to one token."
-            ]
+    if row := row_of(stage, what="copy"):
+        lines += [
+            f"Inside the compiled loop; the floor reads weights and the filled half of the cache once, at the "
+            f"{row['bytes_per_s'] / 1e9:.0f} GB/s of a copy in the same run. By nodes: ratios to one token."
+        ]
     return lines + passes_table(stage)
 
 
 def graphs_lines(stage: dict, stages: dict) -> list[str]:
     lines = ["### The same under CUDA graphs", "", f"`XLA_FLAGS={stage['machine']['xla_flags']}`."]
-    answers = [
-        next((r for r in s["rows"] if r["what"].get("what") == "answers"), None)
-        for s in (stage, stages.get("passes", {"rows": []}))
-    ]
-    if None not in answers:
+    answers = [row_of(file, what="answers") for file in (stage, stages.get("passes"))]
+    if all(answers):
         same = answers[0]["tokens"] == answers[1]["tokens"]
         again = "the same" if answers[0]["second_run_same"] else "other"
         lines += [f"Answers {'the same' if same else 'NOT the same'} as without, a second run gave {again} ones."]
@@ -172,28 +168,26 @@ def graphs_lines(stage: dict, stages: dict) -> list[str]:
 
 def decode_lines(stage: dict, _) -> list[str]:
     lines = ["### Decoding"]
-    answers = [answer for row in stage["rows"] for answer in row.get("answers", [])]
-    programs = next((row for row in stage["rows"] if row["what"] == {"what": "programs"}), None)
-    if not answers or programs is None:
+    answers, programs = answers_of(stage), row_of(stage, what="programs")
+    if not answers or not programs:
         return [*lines, "", "No question was answered in the time."]
-    flags, figures = stage["machine"]["xla_flags"], decode_figures(answers)
+    flags, methods = stage["machine"]["xla_flags"], decode_figures(answers)
     asked = [row["what"] for row in stage["rows"] if "answers" in row]
     lines += [
         "",
-        f"{len(asked)} questions of `{asked[0]['questions']}` ({figures['ar']['outputs']} answers, up to "
+        f"{len(asked)} questions of `{asked[0]['questions']}` ({methods['ar']['outputs']} answers, up to "
         f"{programs['max_new_tokens']} tokens), {asked[0]['dtype']}, batch 1" + (f", `{flags}`." if flags else "."),
     ]
     head = ["method", "nodes", "tokens/s", "to ar", "ms a pass", "tokens a pass", "without loops", "identical"]
     cells = [
-        [shown(name), programs["nodes"][name], f["tokens_per_s"], f"{f['ratio_to_ar']:.2f}", f"{f['ms_a_pass']:.2f}",
-         f"{f['mat']:.2f}", f"{f['mat_no_loops']:.2f}", f"{f['identical']} of {f['outputs']}"]
-        for name, f in figures.items()
+        [shown(name), programs["nodes"][name], f"{f['tokens_per_s']:.1f}", f"{f['ratio_to_ar']:.2f}",
+         f"{f['ms_a_pass']:.2f}", f"{f['mat']:.2f}", f"{f['mat_no_loops']:.2f}", f"{f['identical']} of {f['outputs']}"]
+        for name, f in methods.items()
     ]  # fmt: skip
     lines += table(head, cells)
-    for row in stage["rows"]:
-        if row["what"] == {"what": "compiled loop"}:
-            talks = {name: count for name, count in row["counts"].items() if name not in ("while(", "conditional(")}
-            lines += ["", f"Exchanges with the host in the compiled loop of {row['method']}: {sum(talks.values())}."]
+    if row := row_of(stage, what="compiled loop"):
+        talks = {name: count for name, count in row["counts"].items() if name not in ("while(", "conditional(")}
+        lines += ["", f"Exchanges with the host in the compiled loop of {row['method']}: {sum(talks.values())}."]
     return lines
 
 
@@ -225,11 +219,10 @@ def learn_lines(stage: dict, _) -> list[str]:
 
 def summary(folder: Path) -> dict:
     """The last line of accelerator.py: what a reader asks first."""
-    stages = read(folder)
+    stages = read_all(folder)
     out = {"folder": folder.name}
     if "decode" in stages:
-        answers = [answer for row in stages["decode"]["rows"] for answer in row.get("answers", [])]
-        out["methods"] = decode_figures(answers) if answers else {}
+        out["methods"] = decode_figures(answers_of(stages["decode"]))
     if "passes" in stages:
         out["passes_ms"] = {
             " ".join(str(v) for v in row["what"].values()): round(row["ms"], 3)

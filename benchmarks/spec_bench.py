@@ -17,6 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from msn_jax import DecodeConfig, InputError, kernels, load
+from msn_jax.answers import figures, first_difference, repeated_4grams
 from msn_jax.decode.generate import generate_batches, is_near_tie
 from msn_jax.decode.prompts import encode
 from msn_jax.decode.tree_sets import tree_set
@@ -24,8 +25,6 @@ from msn_jax.io.loading import DTYPES
 from msn_jax.questions import read_questions, spread
 from msn_jax.records import keep_rows, kept_rows, print_record
 from msn_jax.terminal import run_command
-
-LOOPS = 0.2  # an output that repeats a larger share of its 4-grams is a loop
 
 
 def split_method(text: str) -> tuple[str, str, str]:
@@ -42,41 +41,17 @@ def parse_method(text: str, base: DecodeConfig) -> DecodeConfig:
     return dataclasses.replace(base, method=method, tree=tree or None, batch_size=int(batch or 1))
 
 
-def repeated_4grams(tokens: list[int]) -> float:
-    """Share of 4-grams that occurred before in the same output."""
-    grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
 def compare(lm, prompt: list[int], expected: list[int], got: list[int], config: DecodeConfig, request: int) -> str:
     """identical, near_tie or different; comparison ends at the first difference.
 
     Where the kernels run no bit depends on the width of a pass, and nothing excuses a difference.
     """
-    if expected == got:
+    at = first_difference(expected, got)
+    if at is None:
         return "identical"
     if lm.backend == "cpu" and kernels.instruction_set():
         return "different"
-    at = next((i for i, (a, b) in enumerate(zip(expected, got)) if a != b), min(len(expected), len(got)))
     return "near_tie" if is_near_tie(lm, prompt + expected[:at], config, request) else "different"
-
-
-def figures(rows: list[dict], ar: list[dict]) -> dict:
-    rate = lambda rows: sum(r["tokens"] for r in rows) / sum(r["seconds"] for r in rows)
-    mat = lambda rows: sum(r["tokens"] for r in rows) / max(1, sum(r["forwards"] for r in rows))
-    outcomes = [r["outcome"] for r in rows]
-    return {
-        "tokens_per_s": round(rate(rows), 2),
-        "ratio_to_ar": round(rate(rows) / rate(ar), 3),
-        "mat": round(mat(rows), 3),
-        "questions": len({r["question_id"] for r in rows}),
-        "outputs": len(rows),
-        "identical": outcomes.count("identical"),
-        "near_ties": outcomes.count("near_tie"),
-        "different": outcomes.count("different"),
-        "rep4_frac": round(sum(r["rep4_frac"] for r in rows) / len(rows), 3),
-        "mat_no_loops": round(mat([r for r in rows if r["rep4_frac"] < LOOPS]), 3),
-    }
 
 
 def print_table(title: str, methods: dict) -> None:

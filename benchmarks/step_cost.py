@@ -54,6 +54,14 @@ def read_bytes_per_s(rounds: int, size: int = 2**27) -> float:
     return max(4 * size / np.median(t) for t in measure(reads, rounds).values())
 
 
+def weight_bytes(cfg, params) -> int:
+    """Bytes of weights that a pass has to read."""
+    whole = sum(a.nbytes for a in jax.tree.leaves(params))
+    if cfg.tie_embeddings:
+        return whole
+    return whole - sum(a.nbytes for a in jax.tree.leaves(params.embed))  # only a row of it is read
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument(
@@ -103,9 +111,7 @@ def main() -> None:
     first = next(iter(seconds))
     bytes_per_s = read_bytes_per_s(args.rounds)
 
-    weights = sum(a.nbytes for a in jax.tree.leaves(params))
-    if not cfg.tie_embeddings:
-        weights -= sum(a.nbytes for a in jax.tree.leaves(params.embed))  # only a row of it is read
+    weights = weight_bytes(cfg, params)
     cache = states[first].cache
     cached = sum(a.nbytes for a in jax.tree.leaves((cache.k, cache.v)))
     floor = (weights + cached) / bytes_per_s

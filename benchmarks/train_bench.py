@@ -79,6 +79,23 @@ def make_batch(rows: int, tokens: int, vocab: int) -> dict[str, np.ndarray]:
     }
 
 
+def place_batch(batch: dict[str, np.ndarray], mesh) -> dict[str, jax.Array]:
+    """A batch as a step takes it on the mesh."""
+    rows, tokens = batch["tokens"].shape
+    shapes = train_step.batch_shapes(rows, tokens, mesh)
+    return jax.device_put(batch, jax.tree.map(lambda s: s.sharding, shapes))
+
+
+def random_run(ckpt: str, tokens: int, **train) -> RunConfig:
+    """Full fine-tuning on rows of random tokens; train: fields of TrainConfig."""
+    return RunConfig(
+        model=ModelStart(ckpt=ckpt),
+        data=DataConfig(sources=[DataSource(path="random tokens")], max_tokens=tokens),
+        noise=NoiseConfig(),
+        train=TrainConfig(out="nowhere", steps=1000, learning_rate=1e-5, **train),
+    )
+
+
 def peak_bytes() -> int:
     stats = jax.devices()[0].memory_stats()
     return stats["peak_bytes_in_use"] if stats else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -107,21 +124,8 @@ def main() -> None:
     else:
         opened = open_checkpoint(args.ckpt)
         cfg, params = opened.cfg, hf.load_params(opened.cfg, opened.source, jnp.float32, mesh, stacked=True)
-    run = RunConfig(
-        model=ModelStart(ckpt=args.ckpt),
-        data=DataConfig(sources=[DataSource(path="random tokens")], max_tokens=args.tokens),
-        noise=NoiseConfig(),
-        train=TrainConfig(
-            out="nowhere",
-            steps=1000,
-            batch_size=args.batch_size,
-            accumulate=args.accumulate,
-            learning_rate=1e-5,
-            dtype=args.dtype,
-            remat=args.remat,
-            head_chunk=args.head_chunk,
-        ),
-    )
+    settings = {name: getattr(args, name) for name in ("batch_size", "accumulate", "dtype", "remat", "head_chunk")}
+    run = random_run(args.ckpt, args.tokens, **settings)
     batch = make_batch(args.batch_size, args.tokens, cfg.vocab_size)
     torch = None
     with tempfile.TemporaryDirectory() as folder, jax.set_mesh(mesh):
@@ -136,9 +140,7 @@ def main() -> None:
             if torch.stdout.readline().strip() != "ready":
                 raise InputError("--torch_python: torch did not start; its message is above")
         state = train_step.init_state(cfg, run, mesh, params)
-        placed = jax.device_put(
-            batch, jax.tree.map(lambda s: s.sharding, train_step.batch_shapes(args.batch_size, args.tokens, mesh))
-        )
+        placed = place_batch(batch, mesh)
         step = train_step.jit_train_step(cfg, run, mesh)
         start = time.perf_counter()
         step = step.lower(state, None, placed).compile()

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.spec_bench import parse_method, repeated_4grams
+from benchmarks.spec_bench import parse_method
 from experiments.statistics import by_question, mat_interval
 from msn_jax import DecodeConfig
 from msn_jax.adapters import Marked, merge
+from msn_jax.answers import repeated_4grams
 from msn_jax.decode.generate import generate_batches
 from msn_jax.decode.prompts import encode
 from msn_jax.io.loading import LM

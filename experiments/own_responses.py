@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.spec_bench import LOOPS, repeated_4grams
 from msn_jax import DecodeConfig, load
+from msn_jax.answers import LOOPS, repeated_4grams
 from msn_jax.config import DataSource
 from msn_jax.decode.generate import generate_batches
 from msn_jax.decode.prompts import encode

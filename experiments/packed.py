@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.spec_bench import LOOPS, repeated_4grams
 from msn_jax import DecodeConfig
+from msn_jax.answers import LOOPS, repeated_4grams
 from msn_jax.config import DataSource
 from msn_jax.conversations import encode_example
 from msn_jax.decode.generate import generate_batches

@@ -11,8 +11,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.spec_bench import LOOPS
 from experiments.arms import COMPARED, measured, plain_of, plotted
+from msn_jax.answers import LOOPS
 
 
 def draw_plots(results: dict[str, dict], folder: Path) -> list[str]:

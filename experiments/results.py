@@ -13,7 +13,6 @@ from pathlib import Path
 
 import yaml
 
-from benchmarks.spec_bench import LOOPS
 from experiments.arms import draft_only, load_results, plain_of, plotted
 from experiments.plots import draw_plots
 from experiments.tables import (
@@ -25,6 +24,7 @@ from experiments.tables import (
     trade_section,
     training_section,
 )
+from msn_jax.answers import LOOPS
 from msn_jax.terminal import run_command
 
 ROOT = Path(__file__).parent.parent

@@ -10,7 +10,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from benchmarks.spec_bench import LOOPS
+from msn_jax.answers import LOOPS
 
 
 def by_question(speed: dict, method: str) -> dict[int, tuple[int, int]]:

@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.stages.loops import Loop, first_difference, first_gaps
+from benchmarks.stages.loops import Loop, first_gaps
 from benchmarks.stages.stage import Stage, compile_all
 from msn_jax import flash, load
+from msn_jax.answers import first_difference
 from msn_jax.decode.prompts import encode
 from msn_jax.decode.verify import NEAR_TIE
+from msn_jax.errors import first_line
 from msn_jax.linear import linear
 from msn_jax.model import causal_attention
 
@@ -73,7 +75,7 @@ def flash_errors() -> dict:
         pairs = [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in pairs]
         return {"largest_error": max(float(np.abs(a - b).max() / np.abs(a).max()) for a, b in pairs)}
     except (jax.errors.JaxRuntimeError, RuntimeError, ValueError, NotImplementedError) as e:
-        return {"error": str(e).split("\n")[0][:300]}
+        return {"error": first_line(e)}
 
 
 def compared(lm, prompts, expected, got) -> dict:
@@ -109,7 +111,8 @@ def run(stage: Stage, args) -> None:
             continue
         with_adapter = load(args.ckpt, adapter=args.adapter, dtype=dtype)
         plain = dataclasses.replace(with_adapter, drafter=None)
-        prompts = [encode(plain, prompt) for prompt in golden_prompts()[: 4 if stage.small else None]]
+        everything = encode_all(plain)
+        prompts = everything[: 4 if stage.small else None]
         names = {"ar"} | {what["method"] for what in todo}
         loops = {
             name: Loop(
@@ -122,11 +125,11 @@ def run(stage: Stage, args) -> None:
         answers = {}
         for name, loop in loops.items():
             if isinstance(loop.program, Exception):
-                stage.keep({"dtype": dtype, "method": name}, error=str(loop.program).split("\n")[0][:300])
+                stage.keep({"dtype": dtype, "method": name}, error=first_line(loop.program))
             else:
                 answers[name] = [row["tokens"] for row in loop.answers(prompts)[0]]
         golden = None
-        if dtype == "float32" and (golden := golden_answers(plain, encode_all(plain))) is not None:
+        if dtype == "float32" and (golden := golden_answers(plain, everything)) is not None:
             golden = [tokens[:new_tokens] for tokens in golden[: len(prompts)]]
         for what in todo:
             if what["method"] in answers:

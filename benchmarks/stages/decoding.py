@@ -8,13 +8,14 @@ from pathlib import Path
 
 import jax
 
-from benchmarks.spec_bench import repeated_4grams
 from benchmarks.stages.check import golden_prompts
-from benchmarks.stages.loops import Loop, first_difference, first_gaps
+from benchmarks.stages.loops import Loop, first_gaps
 from benchmarks.stages.stage import Stage, compile_all
 from msn_jax import load
+from msn_jax.answers import first_difference, repeated_4grams
 from msn_jax.decode.prompts import encode
 from msn_jax.decode.verify import NEAR_TIE
+from msn_jax.errors import first_line
 from msn_jax.questions import read_questions, spread
 
 DTYPE = "bfloat16"
@@ -91,7 +92,7 @@ def compiled_loops(stage: Stage, args, sizes: tuple[int, int, int]) -> tuple[obj
         loops[arm] = Loop(with_adapter if arm[0] == "+" else plain, arm.lstrip("+"), 1, slots, chunk, new_tokens)
     for name, program in compile_all({name: loop.lower for name, loop in loops.items()}).items():
         if isinstance(program, Exception):
-            errors[name] = str(program).split("\n")[0][:300]
+            errors[name] = first_line(program)
             del loops[name]
             continue
         loops[name].program = program

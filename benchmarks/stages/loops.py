@@ -91,10 +91,3 @@ def first_gaps(lm, texts: list[list[int]]) -> list[float]:
         return best[:, 0] - best[:, 1]
 
     return np.asarray(gaps(lm.params, jnp.asarray(tokens), jnp.asarray(ends))).tolist()
-
-
-def first_difference(expected: list[int], got: list[int]) -> int | None:
-    """The place where two answers part, None where they are the same."""
-    if expected == got:
-        return None
-    return next((i for i, (a, b) in enumerate(zip(expected, got)) if a != b), min(len(expected), len(got)))

@@ -16,11 +16,12 @@ import numpy as np
 from benchmarks.stages.check import golden_prompts
 from benchmarks.stages.loops import Loop
 from benchmarks.stages.stage import Stage, compile_all
-from msn_jax import DecodeConfig, load
+from benchmarks.step_cost import weight_bytes
+from msn_jax import DecodeConfig, init, load
 from msn_jax.decode import TreeSet, init_state, loop
 from msn_jax.decode.prompts import encode
 from msn_jax.decode.tree import JACOBI, chain
-from msn_jax.params import declare
+from msn_jax.errors import first_line
 from msn_jax.shapes import SHAPES
 
 NODES = (1, 2, 4, 8, 16, 32, 64, 96, 128)
@@ -61,32 +62,18 @@ def copy_bytes_per_s(size: int) -> float:
     return best
 
 
-def random_params(cfg, dtype):
-    """Random weights, made on the device one tensor at a time. Their values do not matter, their places do."""
-    make = jax.jit(
-        lambda key, shape: (0.02 * jax.random.normal(key, shape)).astype(dtype),
-        static_argnums=1,
-    )
-    leaves, treedef = jax.tree.flatten(declare(cfg))
-    keys = jax.random.split(jax.random.key(0), len(leaves))
-    return jax.tree.unflatten(treedef, [make(key, spec.shape) for key, spec in zip(keys, leaves, strict=True)])
-
-
 @functools.lru_cache(maxsize=1)
 def weights(name: str, dtype: str, ckpt: str):
     """(cfg, params) of the checkpoint or of a named shape. One at a time: the next takes its place."""
     if name != "ckpt":
-        return SHAPES[name], random_params(SHAPES[name], dtype)
+        return SHAPES[name], init(jax.random.key(0), SHAPES[name], dtype)
     lm = load(ckpt, dtype=dtype)
     return lm.cfg, lm.params
 
 
 def floor_bytes(cfg, params, filled: int, batch: int, itemsize: int) -> int:
     """Bytes that a pass has to read: every weight once, and the filled keys and values."""
-    read = sum(a.nbytes for a in jax.tree.leaves(params))
-    if not cfg.tie_embeddings:
-        read -= params.embed.nbytes  # only a row of it is read
-    return read + 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * filled * batch * itemsize
+    return weight_bytes(cfg, params) + 2 * cfg.layers * cfg.kv_heads * cfg.head_dim * filled * batch * itemsize
 
 
 def measure_group(stage: Stage, todo: list[dict], cfg, params, bytes_per_s: float) -> None:
@@ -125,7 +112,7 @@ def measure_group(stage: Stage, todo: list[dict], cfg, params, bytes_per_s: floa
     for what in todo:
         nodes = what["nodes"]
         if isinstance(programs[nodes], Exception):
-            stage.keep(what, error=str(programs[nodes]).split("\n")[0][:300])
+            stage.keep(what, error=first_line(programs[nodes]))
         elif passes[nodes] < cycles:
             stage.keep(what, error=f"a row was done after {passes[nodes]} of {cycles} passes")
         else:
@@ -166,6 +153,6 @@ def run(stage: Stage, args) -> None:
             cfg, params = weights(name, dtype, args.ckpt)
             measure_group(stage, todo, cfg, params, row["bytes_per_s"])
         except jax.errors.JaxRuntimeError as e:  # it does not fit: the next, smaller group may
-            stage.leave_out([{k: v for k, v in todo[0].items() if k != "nodes"}], str(e).split("\n")[0][:300])
+            stage.leave_out([{k: v for k, v in todo[0].items() if k != "nodes"}], first_line(e))
         if (name, dtype, slots, batch) == groups[0]:
             keep_answers(stage, args)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import jax
 
+from benchmarks.stages.files import read
 from msn_jax.records import run_record
 
 
@@ -68,14 +69,6 @@ class Stage:
 
     def finish(self) -> None:
         self.save(complete=not self.left_out)
-
-
-def read(path: Path) -> dict | None:
-    """What a stage has written; None where there is nothing to read."""
-    try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return None
 
 
 def label(values: dict) -> str:

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 
 from benchmarks.stages.stage import Stage, compile_all
-from benchmarks.train_bench import make_batch, matmul_rate
+from benchmarks.train_bench import make_batch, matmul_rate, place_batch, random_run
 from msn_jax import train_step
-from msn_jax.config import DataConfig, DataSource, ModelStart, NoiseConfig, RunConfig, TrainConfig
+from msn_jax.config import RunConfig
+from msn_jax.errors import first_line
 from msn_jax.io.loading import open_checkpoint
 from msn_jax.shapes import SHAPES
 from msn_jax.sharding import make_mesh
@@ -35,15 +36,8 @@ SMALL = (("ckpt", "xla", 64, "none", 1), ("ckpt", "xla", 64, "full", 2))
 AT_ONE_TIME = 4  # programs that compile side by side
 
 
-def run_of(ckpt: str, tokens: int, remat: str, rows: int) -> RunConfig:
-    return RunConfig(
-        model=ModelStart(ckpt=ckpt),
-        data=DataConfig(sources=[DataSource(path="random tokens")], max_tokens=tokens),
-        noise=NoiseConfig(),
-        train=TrainConfig(
-            out="nowhere", steps=1000, batch_size=rows, learning_rate=1e-5, dtype="bfloat16", remat=remat
-        ),
-    )
+def run_of(ckpt: str, what: dict) -> RunConfig:
+    return random_run(ckpt, what["tokens"], batch_size=what["rows"], dtype="bfloat16", remat=what["remat"])
 
 
 def run(stage: Stage, args) -> None:
@@ -70,7 +64,7 @@ def measure(stage: Stage, part: list[dict], ckpt: str, mesh) -> None:
     names = {str(what): what for what in part}
 
     def lower(what: dict):
-        cfg, run = cfgs[what["weights"]], run_of(ckpt, what["tokens"], what["remat"], what["rows"])
+        cfg, run = cfgs[what["weights"]], run_of(ckpt, what)
         os.environ["MSN_JAX_FLASH"] = "on" if what["attention"] == "cudnn" else "off"  # read when it is traced
         shapes = train_step.state_shapes(cfg, run, mesh)
         batch = train_step.batch_shapes(what["rows"], what["tokens"], mesh)
@@ -82,20 +76,18 @@ def measure(stage: Stage, part: list[dict], ckpt: str, mesh) -> None:
     for name, program in programs.items():
         what = names[name]
         if isinstance(program, Exception):
-            stage.keep(what, error=str(program).split("\n")[0][:300])
+            stage.keep(what, error=first_line(program))
             continue
         try:
             stage.keep(what, **step_figures(program, cfgs[what["weights"]], what, ckpt, mesh), compile_s=compile_s)
         except jax.errors.JaxRuntimeError as e:  # out of memory: a finding, and smaller ones may fit
-            stage.keep(what, error=str(e).split("\n")[0][:300])
+            stage.keep(what, error=first_line(e))
 
 
 def step_figures(program, cfg, what: dict, ckpt: str, mesh) -> dict:
-    run = run_of(ckpt, what["tokens"], what["remat"], what["rows"])
+    run = run_of(ckpt, what)
     state = train_step.init_state(cfg, run, mesh)
-    shapes = train_step.batch_shapes(what["rows"], what["tokens"], mesh)
-    batch = make_batch(what["rows"], what["tokens"], cfg.vocab_size)
-    batch = jax.device_put(batch, jax.tree.map(lambda s: s.sharding, shapes))
+    batch = place_batch(make_batch(what["rows"], what["tokens"], cfg.vocab_size), mesh)
     seconds = []
     for _ in range(4):
         start = time.perf_counter()
