@@ -35,6 +35,11 @@ class Arm:
     steps: int | None  # None: as many as there is time for
     rows: int
 
+    @property
+    def program(self) -> str:
+        """Arms with the same one share their compiled programs."""
+        return repr((self.noise, self.lora, self.learning_rate, self.rows))
+
     def run(self, args: argparse.Namespace) -> RunConfig:
         """Its settings; the steps are given while it runs."""
         train = TrainConfig(
@@ -82,12 +87,12 @@ def cosine(step, train: TrainConfig, total):
     return train.learning_rate * share
 
 
-class Trainer:
-    """The compiled programs of an arm, the same for all its seeds."""
+class Programs:
+    """The compiled programs of arms that differ in steps and seed alone."""
 
     def __init__(self, arm: Arm, args: argparse.Namespace, frozen, rows: dict, held: dict):
-        self.arm, self.args, self.frozen = arm, args, frozen
-        self.run, self.rows, self.held = arm.run(args), rows, held
+        """rows and held: arrays, or their shapes alone."""
+        self.args, self.frozen, self.run = args, frozen, arm.run(args)
         cfg = args.cfg
 
         def many(state, frozen, rows, index, key, total):
@@ -120,6 +125,14 @@ class Trainer:
         with ThreadPoolExecutor(len(programs)) as pool:
             self.many, self.score, self.fresh = pool.map(lambda program: program.compile(), programs)
 
+
+class Trainer:
+    """Training and scoring an arm on rows that are on the device, of which the first `count` hold something."""
+
+    def __init__(self, arm: Arm, programs: Programs, rows: dict, held: dict, count: int):
+        self.arm, self.programs, self.rows, self.held, self.count = arm, programs, rows, held, count
+        self.args, self.frozen, self.state = programs.args, programs.frozen, programs.state
+
     def same_shape(self, trained: Any) -> bool:
         """Whether something that was trained elsewhere can be scored here."""
         shapes = lambda tree: (jax.tree.structure(tree), [x.shape for x in jax.tree.leaves(tree)])
@@ -127,14 +140,16 @@ class Trainer:
 
     def held_out(self, params) -> dict[str, float]:
         """Clean loss (of draft-only arms the divergence), and accuracy by depth."""
-        clean, noisy = (metrics_of(np.asarray(sums).sum(axis=0)) for sums in self.score(params, self.frozen, self.held))
+        clean, noisy = (
+            metrics_of(np.asarray(sums).sum(axis=0)) for sums in self.programs.score(params, self.frozen, self.held)
+        )
         return {"loss": clean["loss"]} | {name: value for name, value in noisy.items() if "depth" in name}
 
     def train(self, seed: int, seconds: float, out: Path) -> tuple[Any, dict]:
         """Train from the start of a seed, for the arm's steps or the time. Returns (what was trained, figures)."""
         key, total = jax.random.key(seed), self.arm.steps
-        state = self.fresh(key)
-        rng, count, dispatch = np.random.default_rng(seed), len(self.rows["tokens"]), self.args.dispatch
+        state = self.programs.fresh(key)
+        rng, count, dispatch = np.random.default_rng(seed), self.count, self.args.dispatch
         order, losses = np.zeros(0, np.int64), []
         begin = saved = time.perf_counter()
         while total is None or dispatch * len(losses) < total:
@@ -143,7 +158,7 @@ class Trainer:
             index, order = np.split(order, [dispatch * self.arm.rows])
             index = jnp.asarray(index.reshape(dispatch, -1), jnp.int32)
             # The first two dispatches tell what a step takes; until then the schedule goes by a guess.
-            state, (sums, _) = self.many(state, self.frozen, self.rows, index, key, float(total or 1000))
+            state, (sums, _) = self.programs.many(state, self.frozen, self.rows, index, key, float(total or 1000))
             jax.block_until_ready(losses[-1:])  # one dispatch ahead of the device
             losses.append(sums)
             if total is None and len(losses) == 2:

@@ -22,17 +22,19 @@ from threading import Lock
 import jax
 import numpy as np
 
-from experiments.arm_training import Arm, Trainer, parse_arm
+from experiments.arm_training import Arm, Programs, Trainer, parse_arm
 from experiments.one_batch import measure, shown, with_trained
 from experiments.packed import conversations, encoded, own_examples, pack, prompts_of
 from msn_jax import DecodeConfig, InputError, init, load
 from msn_jax.adapters import init_trained
+from msn_jax.config import DataSource
 from msn_jax.errors import first_line
 from msn_jax.io.adapters import load_adapter, loaded_fingerprint
 from msn_jax.io.loading import LM
 from msn_jax.params import stack_layers
 from msn_jax.questions import read_questions, spread
 from msn_jax.records import keep_rows, run_record
+from msn_jax.rows import read_rows
 from msn_jax.terminal import run_command
 
 
@@ -66,6 +68,8 @@ def main() -> None:
     p.add_argument("--answer_seconds", type=float, default=40, help="of these for the model's own replies")
     p.add_argument("--temperatures", default="0,0.8,0.8,1", help="of those replies, one round over all prompts each")
     p.add_argument("--answer_batch", type=int, default=256)
+    p.add_argument("--replies", type=Path, help="--out of an earlier run: its replies are learnt, none are made")
+    p.add_argument("--most_rows", type=int, default=8192, help="packed rows of own replies at most")
     p.add_argument("--tokens", type=int, default=384, help="a packed row")
     p.add_argument("--rows", type=int, default=32, help="a step of draft arms")
     p.add_argument("--dispatch", type=int, default=20, help="steps of one program")
@@ -123,33 +127,58 @@ def main() -> None:
             model = with_trained(lm, new, dtype)
             waiting.append(measuring.submit(measured, model, f"new {arm.name}", methods))
 
-    data, trainers = {}, {}
+    data, placed, programs = {}, {}, {}
+    drafting = any(arm.lora.draft_only for arm in arms)
 
-    def packed(kind: str, rows: int) -> tuple[dict, dict]:
-        """(rows to train on, held-out rows in batches [n, rows, T]), on the device."""
-        whole, held = pack(data[kind], args.tokens), None
-        if kind == "own":
-            held = pack(data["held"], args.tokens)
-        else:
-            most = min(96, len(whole["tokens"]) // 4)
-            held, whole = ({name: x[part] for name, x in whole.items()} for part in (slice(most), slice(most, None)))
-        if not len(whole["tokens"]) or not len(held["tokens"]):
+    def held_in_batches(held: dict, rows: int) -> dict:
+        short = -len(held["tokens"]) % rows
+        return {name: np.pad(x, ((0, short), (0, 0))).reshape(-1, rows, args.tokens) for name, x in held.items()}
+
+    def own_rows() -> tuple[dict, dict, int]:
+        """Rows of one shape whatever was answered, so that programs compile before: those past the count are empty."""
+        whole, held = pack(data["own"], args.tokens), pack(data["held"], args.tokens)
+        count = min(len(whole["tokens"]), args.most_rows)
+        filled = lambda x, n: np.pad(x[:n], ((0, max(0, n - len(x))), (0, 0)))
+        whole = {name: filled(x, args.most_rows) for name, x in whole.items()}
+        return whole, {name: filled(x, args.answer_batch) for name, x in held.items()}, count
+
+    def tuning_rows() -> tuple[dict, dict, int]:
+        whole = pack(data["tuning"], args.tokens)
+        most = min(96, len(whole["tokens"]) // 4)
+        held, whole = ({name: x[part] for name, x in whole.items()} for part in (slice(most), slice(most, None)))
+        return whole, held, len(whole["tokens"])
+
+    def place(kind: str) -> None:
+        """Put the rows on the device, for each number of rows a step."""
+        whole, held, count = own_rows() if kind == "own" else tuning_rows()
+        if not count or not held["tokens"].any():
             name = "prompts" if kind == "own" else "tuning"
             raise InputError(f"--{name}: too few rows to learn from and to hold out")
-        short = -len(held["tokens"]) % rows
-        fill = lambda x: np.pad(x, ((0, short), (0, 0))).reshape(-1, rows, args.tokens)
-        return jax.device_put(whole), jax.device_put({name: fill(x) for name, x in held.items()})
+        whole = jax.device_put(whole)
+        for arm in (arm for arm in arms if arm.lora.draft_only == (kind == "own")):
+            if (kind, arm.rows) not in placed:
+                placed[kind, arm.rows] = whole, jax.device_put(held_in_batches(held, arm.rows)), count
+        keep({kind: len(data[kind])}, f"{kind}: {len(data[kind])} examples in {count} packed rows")
 
     def compile_arms(kind: str) -> None:
-        placed = {}
         for arm in (arm for arm in arms if arm.lora.draft_only == (kind == "own")):
-            if arm.rows not in placed:
-                placed[arm.rows] = packed(kind, arm.rows)
-            trainers[arm.name] = compiling.submit(Trainer, arm, args, frozen, *placed[arm.rows])
-        counts = {rows: len(whole["tokens"]) for rows, (whole, _) in placed.items()}
-        keep({kind: len(data[kind])}, f"{kind}: {len(data[kind])} examples; packed rows by rows a step: {counts}")
+            if arm.program not in programs:
+                if kind == "own":
+                    empty = pack([], args.tokens)
+                    shaped = lambda x, *n: jax.ShapeDtypeStruct((*n, args.tokens), x.dtype)
+                    batches = -(-args.answer_batch // arm.rows)
+                    whole = {name: shaped(x, args.most_rows) for name, x in empty.items()}
+                    held = {name: shaped(x, batches, arm.rows) for name, x in empty.items()}
+                else:
+                    whole, held, _ = placed[kind, arm.rows]
+                programs[arm.program] = compiling.submit(Programs, arm, args, frozen, whole, held)
 
     def answer() -> None:
+        if args.replies:
+            for name in ("held", "own"):
+                talks = [row["messages"] for row in read_rows(DataSource(path=str(args.replies / f"{name}.jsonl")))]
+                data[name] = list(encoded(lm, talks, args.tokens))
+            return place("own")
         prompts = prompts_of(lm, conversations(args.prompts), args.tokens - args.max_new_tokens)
         config = DecodeConfig(method="ar", max_new_tokens=args.max_new_tokens, batch_size=args.answer_batch)
         heats = [float(t) for t in args.temperatures.split(",")]
@@ -160,11 +189,14 @@ def main() -> None:
             answered = list(own_examples(fast, asked, config, seconds, temperatures))
             data[name] = [example for _, example in answered]
             keep_rows(args.out / f"{name}.jsonl", [{"messages": talk} for talk, _ in answered])
-        compile_arms("own")
+        place("own")
 
-    answering = measuring.submit(answer) if any(arm.lora.draft_only for arm in arms) else None
+    if drafting:
+        compile_arms("own")
+    answering = measuring.submit(answer) if drafting else None
     if any(not arm.lora.draft_only for arm in arms):
         data["tuning"] = list(encoded(lm, conversations(args.tuning), args.tokens))
+        place("tuning")
         compile_arms("tuning")
 
     def one_arm(trainer: Trainer, seed: int, seconds: float) -> None:
@@ -185,7 +217,8 @@ def main() -> None:
     for number, arm in enumerate(arms):
         if arm.lora.draft_only:
             answering.result()
-        trainer = trainers[arm.name].result()
+        rows = placed["own" if arm.lora.draft_only else "tuning", arm.rows]
+        trainer = Trainer(arm, programs[arm.program].result(), *rows)
         if args.adapter and not scored and trainer.same_shape(given):
             found, scored = trainer.held_out(given), True
             keep({"arm": "adapter", "held_out": found}, f"adapter: {found}")
