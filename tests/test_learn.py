@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.arm_training import Trainer, cosine, parse_arm
+from experiments.arm_training import Programs, Trainer, cosine, parse_arm
 from experiments.packed import pack
 from msn_jax import InputError, train_step
 from msn_jax.config import TrainConfig
@@ -60,13 +60,15 @@ def test_a_dispatch_is_so_many_steps(tiny, tmp_path, name):
     args = argparse.Namespace(cfg=cfg, ckpt="base", base="base", trained_on=None, **settings)
     arm, frozen = parse_arm(name, 2), stack_layers(params)
     arm = dataclasses.replace(arm, noise=dataclasses.replace(arm.noise, anchors=8))
-    trainer = Trainer(arm, args, frozen, rows, held)
+    # Rows past the count are there for the shape alone: none of them is learnt.
+    longer = {name: jnp.pad(x, ((0, 2), (0, 0)), constant_values=1) for name, x in rows.items()}
+    trainer = Trainer(arm, Programs(arm, args, frozen, longer, held), longer, held, len(rows["tokens"]))
     trained, figures = trainer.train(3, 1e9, tmp_path)
     assert figures["steps"] == 4 and "top10_depth1" in trainer.held_out(trained)
 
-    run = trainer.run
+    run = trainer.programs.run
     run = dataclasses.replace(run, train=dataclasses.replace(run.train, seed=3, steps=4, warmup_steps=0))
-    schedule = lambda step: cosine(step, trainer.run.train, 4.0)
+    schedule = lambda step: cosine(step, trainer.programs.run.train, 4.0)
     step = jax.jit(train_step.make_train_step(cfg, run, schedule=schedule))
     state = train_step.init_state(cfg, run, make_mesh(devices=jax.devices()[:1]))
     order = np.concatenate([picks.permutation(6) for picks in [np.random.default_rng(3)] * 2])[:8].reshape(4, 2)
