@@ -36,8 +36,8 @@ LEARNT = {
     "Noise in the text or beside it, marked or not": (
         "four.jsonl",
         "plain",
-        "ARM@STEPSxROWS: LoRA of rank 16, rows of 384 tokens. Marking the noise is what teaches to draft: it raises the "
-        "Jacobi drafts of either layout most, and lowers the price on clean text. Noise beside the text costs less "
+        "ARM@STEPSxROWS: LoRA of rank 16, rows of 384 tokens. Marking the noise is what teaches to draft: it raises "
+        "the Jacobi drafts of either layout most, and lowers the price on clean text. Noise beside the text costs less "
         "there than noise in it, at the same steps and at equal arithmetic: a step beside the text is 1.5 times the "
         "tokens, so 180 steps in the text stand against 120 beside it. Drafts are then as good. Marked arms decode "
         "with noise nodes (`draft13`), the others with rejected drafts (`small13`), 13 nodes each. Behind retrieval "
