@@ -201,8 +201,8 @@ def compare(lm, rows: list[Row], config: DecodeConfig, write) -> tuple[list, lis
     with tqdm(total=len(rows), unit="prompt", desc=f"ar, {config.method}") as bar:
         for _ in range(2 if batches == 1 else 1):
             both = [generate_batches(lm, ids, c, ids=[row.id for row in rows]) for c in (plain, config)]
-            for turn in range(batches):
-                order = (0, 1) if (turn + len(results[0])) % 2 == 0 else (1, 0)
+            for _ in range(batches):
+                order = (0, 1) if len(results[0]) % 2 == 0 else (1, 0)
                 done = {i: next(both[i]) for i in order}
                 for i in order:
                     results[i].append(done[i])

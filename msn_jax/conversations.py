@@ -12,7 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from msn_jax.errors import InputError, first_line
-from msn_jax.io.tokenizer import render
+from msn_jax.io.tokenizer import TEMPLATE_ERRORS, render
 from msn_jax.rows import Unusable, used_keys
 
 CHATML = (
@@ -52,15 +52,16 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, setting: str | None) -> P
 def _template_from_file(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
     try:
         tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
-        if not tokenizer.chat_template.strip():
-            raise InputError(f"data.chat_template {path} is empty")
-        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
-    except jinja2.TemplateSyntaxError as e:
-        raise InputError(f"data.chat_template {path}, line {e.lineno}: {first_line(e)}") from None
-    except jinja2.TemplateError:
-        pass  # it refuses the probe, not every conversation: rows that it refuses are counted
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"data.chat_template {path} cannot be read ({first_line(e)})") from None
+    if not tokenizer.chat_template.strip():
+        raise InputError(f"data.chat_template {path} is empty")
+    try:
+        render(tokenizer, [{"role": "user", "content": "a"}])
+    except jinja2.TemplateSyntaxError as e:
+        raise InputError(f"data.chat_template {path}, line {e.lineno}: {first_line(e)}") from None
+    except TEMPLATE_ERRORS:
+        pass  # it refuses the probe, not every conversation: rows that it refuses are counted
 
 
 def encode_example(
@@ -118,7 +119,7 @@ def _replies(
             raise Unusable(REWRITES if rewritten else GENERATION_PROMPT)
     except Unusable:
         raise
-    except Exception:  # templates raise their own messages through jinja
-        raise Unusable("template refuses") from None
+    except TEMPLATE_ERRORS as e:
+        raise Unusable("template refuses") from e
     same = lambda turn: len(os.path.commonprefix([turn, whole]))
     return whole, [(len(p), same(t)) for p, t in zip(prompts, turns, strict=True) if whole.startswith(p)]

@@ -265,6 +265,8 @@ svg text{fill:var(--soft)}.bar{fill:var(--c,none)}.bar:hover{fill:var(--mean)}
 .tick,.outline{stroke:var(--soft)}.outline{stroke-opacity:.7}
 .mean{stroke:var(--mean);stroke-width:2;stroke-linejoin:round}.halo{stroke:var(--page);stroke-width:5}
 svg .meantext{fill:var(--mean)}
+@media (max-width:600px){body{margin-top:20px;padding:0 14px}th,td{padding-left:5px;font-size:12px}
+ thead th{font-size:10px;line-height:1.3}.plot{overflow:visible}svg{min-width:0;font-size:17px;overflow:visible}}
 </style></head><body><h1>$title</h1>
 <p class="settings">$settings</p>
 <div class="table"><table><thead><tr><th scope="col">method</th><th scope="col">tokens</th>

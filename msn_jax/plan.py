@@ -51,9 +51,9 @@ def topology_devices(name: str):
     topology_shape(name)
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    except Exception as e:  # the plugin's errors have no common class
+    except RuntimeError as e:  # jax's own without libtpu, else XLA's
         hint = "in the checkout: pip install -e '.[tpu]'" if "libtpu" in str(e) or "tpu" in str(e).lower() else ""
-        raise InputError(f"--topology {name}: cannot compile for it ({first_line(e)}) {hint}".rstrip()) from None
+        raise InputError(f"--topology {name}: cannot compile for it ({first_line(e)}) {hint}".rstrip()) from e
 
 
 def topology_shape(name: str) -> tuple[int, ...]:
@@ -102,6 +102,25 @@ def widened_weights(hlo: str, params: Params) -> int:
     return sum(math.prod(map(int, shape.split(","))) in sizes for shape in written)
 
 
+def lower_cycle(params: Params, state: loop.DecodeState, cfg: ModelConfig, trees: TreeSet) -> jax.stages.Lowered:
+    """One cycle of the decode loop by itself: a loop's cost says nothing of the cost of a trip."""
+    step = partial(jax.jit, static_argnames=("cfg", "trees"), donate_argnames="state")(loop.step)
+    return step.lower(params, state, cfg=cfg, trees=trees)
+
+
+def tree_seconds(shape: str, topology: str, tree: str, batch: int, dtype: str = "bfloat16") -> float:
+    """XLA's estimate of a cycle with this tree on a slice, all its chips along the tensor axis, without collectives.
+
+    shape: one of SHAPES; its whole context is in the cache.
+    """
+    devices, cfg, trees = topology_devices(topology), SHAPES[shape], tree_set("tr-jacobi", tree)
+    mesh = make_mesh(tensor=len(devices), devices=devices)
+    params = shaped(declare(cfg), mesh, dtype)
+    with jax.set_mesh(mesh):
+        state = decode_state(cfg, trees, mesh, batch, loop.bucket(cfg.max_position), params.embed.dtype)
+        return estimated_seconds(lower_cycle(params, state, cfg, trees).compile())
+
+
 def plan_decode(
     ckpt: str | None, topology: str, tree: str | None, dtype: str = "bfloat16", batches: tuple[int, ...] = (1, 8)
 ) -> None:
@@ -128,21 +147,18 @@ def plan_decode(
         for batch in batches:
             state = decode_state(cfg, trees, mesh, batch, slots, dtype)
             scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding((), (), mesh))
-            step = partial(jax.jit, static_argnames=("cfg", "trees"), donate_argnames="state")(loop.step)
             shape = kv.shard_shape((batch, cfg.kv_heads, slots, cfg.head_dim))
             for program, lowered in {
                 "prefill": loop.prefill_chunk.lower(params, state.cache, state.tokens, scalar, cfg=cfg, chunk=chunk),
                 "loop": loop.run.lower(params, state, scalar, cfg=cfg, trees=trees),
-                "cycle": step.lower(params, state, cfg=cfg, trees=trees),
-                "one token": step.lower(
-                    params, decode_state(cfg, single, mesh, batch, slots, dtype), cfg=cfg, trees=single
-                ),
+                "cycle": lower_cycle(params, state, cfg, trees),
+                "one token": lower_cycle(params, decode_state(cfg, single, mesh, batch, slots, dtype), cfg, single),
             }.items():
                 try:
                     compiled = lowered.compile()
                 except jax.errors.JaxRuntimeError as e:
                     what = f"{program}, batch {batch}: does not compile for {topology}"
-                    raise InputError(f"{what}: {first_line(e)}") from None
+                    raise InputError(f"{what}: {first_line(e)}") from e
                 memory, seconds = compiled.memory_analysis(), estimated_seconds(compiled)
                 args, temp = memory.argument_size_in_bytes, memory.temp_size_in_bytes
                 row = {
@@ -227,7 +243,7 @@ def plan_train(run: RunConfig, topology: str | None) -> None:
             try:
                 memory = step.lower(state, frozen, batch).compile().memory_analysis()
             except jax.errors.JaxRuntimeError as e:
-                raise InputError(f"the step does not compile for {topology}: {first_line(e)}") from None
+                raise InputError(f"the step does not compile for {topology}: {first_line(e)}") from e
         peak = memory.argument_size_in_bytes + memory.temp_size_in_bytes
         row |= {
             "topology": topology,

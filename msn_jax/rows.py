@@ -14,12 +14,14 @@ import sysconfig
 import textwrap
 import tokenize
 import warnings
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import huggingface_hub
+from datasets.exceptions import DatasetsError
 
 from msn_jax.config import DataSource
 from msn_jax.errors import InputError, first_line
@@ -87,7 +89,7 @@ def _from_hub(source: DataSource) -> datasets.Dataset:
         name, _, subset = source.path.partition(":")
         return datasets.load_dataset(name, subset or None, split=source.split)
     except Exception as e:  # whatever the network, the hub or the reader of the set runs into
-        raise InputError(f"{source.path}: no such file, and as a hub id: {first_line(e)}") from None
+        raise InputError(f"{source.path}: no such file, and as a hub id: {first_line(e)}") from e
 
 
 def _file_rows(path: str) -> Iterator[dict[str, Any]]:
@@ -98,8 +100,8 @@ def _file_rows(path: str) -> Iterator[dict[str, Any]]:
         yield from _json_rows(path) if path.endswith(_JSONL) else _parquet_rows(path)
     except InputError:
         raise
-    except Exception as e:  # gzip, Arrow and Unicode each raise their own
-        raise InputError(f"{path}: cannot be read ({first_line(e)})") from None
+    except (OSError, EOFError, ValueError, zlib.error, DatasetsError) as e:  # of gzip, Unicode, Arrow and datasets
+        raise InputError(f"{path}: cannot be read ({first_line(e)})") from e
 
 
 def _parquet_rows(path: str) -> Iterator[dict[str, Any]]:

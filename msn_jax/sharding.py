@@ -79,7 +79,7 @@ def start_processes(config: MeshConfig) -> None:
         raise InputError(
             f"mesh.distributed: the other processes cannot be joined ({first_line(e)}); on one machine give "
             "--mesh.distributed false"
-        ) from None
+        ) from e
 
 
 def spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:

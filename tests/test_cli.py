@@ -11,8 +11,9 @@ import pytest
 
 import decode
 import train
-from msn_jax import InputError, chat, load
-from msn_jax.decode.prompts import read_prompts, read_row
+from msn_jax import DecodeConfig, InputError, chat, load
+from msn_jax.decode.generate import Result
+from msn_jax.decode.prompts import Row, read_prompts, read_row
 
 pytestmark = pytest.mark.slow
 
@@ -47,6 +48,29 @@ def test_compare_prints_both_columns(run):
     assert "tokens identical: yes" in out
     assert re.search(r"ar +\| tr-jacobi", out)
     assert re.search(r"tokens a pass \(MAT\) +1\.00 +\d\.\d\d", out)
+
+
+@pytest.mark.parametrize("prompts, asked", [(3, "ar fast fast ar ar fast"), (1, "ar fast fast ar")])
+def test_compare_takes_turns_to_be_first(monkeypatch, prompts, asked):
+    """One batch is decoded twice, and the faster time counts: a second less each time, here."""
+    turns = []
+
+    def batches(lm, prompts, config, ids):
+        for name in ids:
+            turns.append("ar" if config.method == "ar" else "fast")
+            fields = dict.fromkeys(("prompt_tokens", "tokens", "text", "finish_reason", "forwards", "accepted"))
+            yield [Result(**fields, id=name, seconds=9 - len(turns), prefill_seconds=0, method=config.method)]
+
+    monkeypatch.setattr(decode, "generate_batches", batches)
+    monkeypatch.setattr(decode, "encode", lambda lm, prompt, tools: [0])
+    written = []
+    rows = [Row(i, "a") for i in range(prompts)]
+    plain, fast = decode.compare(None, rows, DecodeConfig(method="jacobi", batch_size=1), written.append)
+    assert " ".join(turns) == asked
+    assert [r.id for r in plain] == [r.id for r in fast] == [row["id"] for row in written] == list(range(prompts))
+    assert {r.method for r in plain} == {"ar"} and {r.method for r in fast} == {"jacobi"}
+    if prompts == 1:
+        assert (plain[0].seconds, fast[0].seconds) == (5, 6)
 
 
 def test_rows_of_a_file_in_order(run, tmp_path):

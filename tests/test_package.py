@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import msn_jax
-from msn_jax import commands
+from msn_jax import InputError, commands, plan, plot
 from msn_jax.config import SECTIONS
+from msn_jax.io import run_dir
 from msn_jax.settings import describe
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +43,8 @@ def test_public_names():
         _ = msn_jax.nothing
 
 
-SCRIPTS = [path for room in ("benchmarks", "evals", "experiments") for path in sorted((ROOT / room).glob("*.py"))]
+ROOMS = "msn_jax", "benchmarks", "evals", "experiments"
+SCRIPTS = [path for room in ROOMS[1:] for path in sorted((ROOT / room).glob("*.py"))]
 
 
 @pytest.mark.parametrize("path", [path for path in SCRIPTS if "def main" in path.read_text()], ids=lambda p: p.stem)
@@ -89,3 +92,44 @@ def test_a_wheel_has_the_scripts_where_the_commands_look():
     wheel = settings["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert wheel["force-include"] == {f"{name}.py": f"msn_jax/scripts/{name}.py" for name in ("decode", "train")}
     assert settings["project"]["scripts"] == {f"msn-{n}": f"msn_jax.commands:{n}" for n in ("decode", "train")}
+
+
+def test_a_hint_names_an_extra_that_there_is():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    files = [ROOT / "README.md", *ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))]
+    hinted = {name for file in files for name in re.findall(r"pip install -e '\.\[(\w+)\]'", file.read_text("utf-8"))}
+    assert {"plots", "tpu", "eval"} <= hinted <= extras.keys()
+
+
+def test_a_plot_without_matplotlib(monkeypatch, tmp_path):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"^--plot needs matplotlib; pip install -e '\.\[plots\]' in the checkout$"):
+        plot.check_plot(str(tmp_path))
+
+
+def test_a_slice_without_libtpu(monkeypatch):
+    def refuses(platform, topology_name):
+        raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology.\nSee the guide.")
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", refuses)
+    with pytest.raises(InputError) as refused:
+        plan.topology_devices("v5e:2x4")
+    assert str(refused.value) == (
+        "--topology v5e:2x4: cannot compile for it (JAX TPU support not installed; cannot generate TPU topology.) "
+        "in the checkout: pip install -e '.[tpu]'"
+    )
+    with pytest.raises(InputError, match="accepted: v4, v5e, v5p, v6e and a shape"):
+        plan.topology_devices("h100")
+
+
+def test_the_harness_without_lm_eval(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "evals.lm_eval_model", raising=False)
+    with pytest.raises(SystemExit, match=r"^lm_eval_model.py: error: .*; pip install -e '\.\[eval\]' brings lm-eval$"):
+        importlib.import_module("evals.lm_eval_model")
+
+
+def test_a_store_without_its_file_system(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(InputError, match=r"^gs://bucket/run: .*gcsfs.*; for gs:// pip install 'etils\[epath-gcs\]'$"):
+        run_dir.is_run("gs://bucket/run")

@@ -74,13 +74,14 @@ def test_killed_twice_a_run_ends_bit_for_bit_as_if_it_never_was(config, tmp_path
     assert [x["step"] for x in lines(tmp_path / "killed")] == list(range(1, 41))
 
 
-def test_sigterm_saves_and_ends_well(config, tmp_path):
+@pytest.mark.parametrize("number, said", [(signal.SIGTERM, ""), (signal.SIGINT, "Ctrl-C again")])
+def test_a_signal_saves_and_ends_well(config, tmp_path, number, said):
     path = config(train={"steps": 5000, "save_every": 5000})
     with start(["--config", path]) as process:
         wait_for_step(process, tmp_path / "run", 3)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
+    assert process.returncode == 0 and said in output, output
     saved = int(re.search(r"stopped after step (\d+)", output)[1])
     assert Checkpoints(tmp_path / "run", keep=1).steps() == [saved] and len(lines(tmp_path / "run")) == saved
 

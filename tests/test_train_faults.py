@@ -2,13 +2,11 @@
 
 import hashlib
 import re
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from test_processes import start, wait_for_step
 from test_train import lines
 
 import train
@@ -151,14 +149,3 @@ def test_a_run_of_an_earlier_version_that_ended_in_no_number(config, tmp_path):
     with pytest.raises(InputError, match="the loss of its last step is not finite"):
         train.main(["--config", path, "--export", str(tmp_path / "x")])
     assert not (tmp_path / "x").exists()
-
-
-def test_ctrl_c_saves_and_ends_well(config, tmp_path):
-    path = config(train={"steps": 5000, "save_every": 5000})
-    with start(["--config", path]) as process:
-        wait_for_step(process, tmp_path / "run", 3)
-        process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "Ctrl-C again" in output, output
-    saved = int(re.search(r"stopped after step (\d+)", output)[1])
-    assert Checkpoints(tmp_path / "run", keep=1).steps() == [saved] and len(lines(tmp_path / "run")) == saved

@@ -95,7 +95,7 @@ def machine() -> dict:
 
 
 def compile_all(lower: dict[str, Callable]) -> dict:
-    """Compiled programs by name, or the exception that one ended in. XLA compiles several at one time.
+    """Compiled programs by name, or the error of one that does not compile. XLA compiles several at one time.
 
     lower: name -> a function that lowers the program (jax.stages.Lowered).
     """
@@ -103,7 +103,7 @@ def compile_all(lower: dict[str, Callable]) -> dict:
     def compile_one(lowered):
         try:
             return lowered.compile()
-        except Exception as e:  # a program that does not fit is a finding about the device, kept as a row by the caller
+        except jax.errors.JaxRuntimeError as e:  # it does not fit: a finding about the device, kept by the caller
             return e
 
     with ThreadPoolExecutor(max(2, min(16, os.cpu_count() or 2))) as pool:

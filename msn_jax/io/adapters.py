@@ -161,7 +161,7 @@ def load_adapter(adapter: str | Path, cfg: ModelConfig) -> Layer | DraftAdapter 
     except InputError:
         raise
     except (OSError, ValueError, TypeError, SafetensorError) as e:
-        raise InputError(f"adapter {folder}: cannot be read ({type(e).__name__}: {e})") from None
+        raise InputError(f"adapter {folder}: cannot be read ({type(e).__name__}: {e})") from e
     shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
 
     def read(key: str, spec: ArraySpec) -> jax.Array:

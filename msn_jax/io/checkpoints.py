@@ -118,7 +118,7 @@ class Checkpoints:
                 self._delete_unfinished()  # a full disk needs the room
             raise InputError(
                 f"{path}: the checkpoint could not be written ({first_cause(e)}); earlier ones stay usable"
-            ) from None
+            ) from e
 
     def _delete_unfinished(self) -> None:
         if jax.process_index() == 0:
@@ -203,7 +203,7 @@ def _read(path: epath.Path, abstract: Any, partial: bool = False) -> tuple[Any, 
     except (InputError, _Unusable, *_NO_FAULT_OF_THE_FILE):
         raise
     except Exception as e:  # damaged files make orbax raise ValueError, KeyError, FileNotFoundError, TypeError, ...
-        raise _Unusable(first_cause(e)) from None
+        raise _Unusable(first_cause(e)) from e
 
 
 def _check_files(path: epath.Path) -> None:

@@ -158,7 +158,7 @@ def export_hf(
         _put_in_place(partial, path)
     except OSError as e:
         shutil.rmtree(partial, ignore_errors=True)
-        raise InputError(f"directory {directory}: cannot be written ({e.strerror or first_line(e)})") from None
+        raise InputError(f"directory {directory}: cannot be written ({e.strerror or first_line(e)})") from e
 
 
 def _stored(cfg: ModelConfig, params: Params) -> Iterator[tuple[str, np.ndarray]]:

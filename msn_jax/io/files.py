@@ -27,7 +27,7 @@ def writing(path: epath.Path):
     try:
         yield
     except OSError as e:
-        raise InputError(f"{path}: cannot be written ({e.strerror or first_cause(e)})") from None
+        raise InputError(f"{path}: cannot be written ({e.strerror or first_cause(e)})") from e
 
 
 def replace_file(path: epath.Path, content: bytes) -> None:
@@ -76,4 +76,4 @@ def download(flag: str, hub_id: str, files: list[str]) -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=files))
     except Exception as e:  # no network, no such id, no access: all mean that it cannot be had
-        raise InputError(f"{flag} {hub_id}: not a local path, and the hub gave: {first_line(e)}") from None
+        raise InputError(f"{flag} {hub_id}: not a local path, and the hub gave: {first_line(e)}") from e

@@ -107,8 +107,9 @@ def _read(path: Path) -> tuple[dict, list[ReaderTensor]]:
         reader = _Reader(path)
         meta = {key: field.contents() for key, field in reader.fields.items()}
         end = max((t.data_offset + t.n_bytes for t in reader.tensors), default=0)
-    except Exception as e:  # gguf raises whatever its parsing of damaged bytes runs into
-        raise InputError(f"{path}: not a whole GGUF file ({type(e).__name__}: {e})") from None
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, AttributeError, AssertionError) as e:
+        # What the parsing of damaged bytes runs into: gguf checks little of them.
+        raise InputError(f"{path}: not a whole GGUF file ({type(e).__name__}: {e})") from e
     if end > path.stat().st_size:
         raise InputError(f"{path}: truncated, {path.stat().st_size} bytes of at least {end}")
     return meta, list(reader.tensors)

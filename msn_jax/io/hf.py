@@ -256,7 +256,7 @@ class SafetensorsSource:
             except FileNotFoundError:
                 raise InputError(f"{self._folder}: the weights file {file} is missing") from None
             except (SafetensorError, OSError) as e:
-                raise InputError(f"{path}: not a whole safetensors file ({e})") from None
+                raise InputError(f"{path}: not a whole safetensors file ({e})") from e
         return self._open[1]
 
     def read(self, tensor: str) -> np.ndarray:

@@ -163,7 +163,7 @@ def _load_run(folder: str, dtype, mesh: Mesh | None) -> LM:
         except InputError as e:
             raise InputError(
                 f"{folder}: its base cannot be loaded: {e}, or the base with the adapter {folder}/adapter"
-            ) from None
+            ) from e
         return dataclasses.replace(lm, name=folder, tokenizer=tok, stop_ids=stop_ids)
     cfg = hf.read_config(files)
     logger.info("loading %s", folder)

@@ -61,7 +61,7 @@ def read_peft(file: Path, settings: dict[str, Any], cfg: ModelConfig) -> Layer:
     except FileNotFoundError:
         raise InputError(f"adapter {file.parent}: {file.name} is missing") from None
     except (SafetensorError, OSError) as e:
-        raise InputError(f"adapter {file}: not a whole safetensors file ({e})") from None
+        raise InputError(f"adapter {file}: not a whole safetensors file ({e})") from e
     return Layer(attn_norm=None, mlp_norm=None, **fields)
 
 

@@ -112,4 +112,4 @@ def read_config(directory: str | os.PathLike) -> RunConfig:
     try:
         return RunConfig.from_dict(yaml.safe_load(path.read_text())).with_absolute_base()
     except (OSError, yaml.YAMLError, TypeError, KeyError) as e:
-        raise InputError(f"{path}: not the config of a run ({first_cause(e)})") from None
+        raise InputError(f"{path}: not the config of a run ({first_cause(e)})") from e

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -184,8 +185,8 @@ def from_folder(folder: Path) -> tuple[PreTrainedTokenizerBase, set[int]]:
     try:
         # Not AutoTokenizer: for some classes it builds a splitting of its own in place of tokenizer.json's.
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    except Exception as e:  # whatever the parsing of a damaged file runs into
-        raise InputError(f"{folder}: the tokenizer cannot be read ({first_line(e)})") from None
+    except Exception as e:  # the tokenizers library raises plain Exception for a damaged file
+        raise InputError(f"{folder}: the tokenizer cannot be read ({first_line(e)})") from e
     return tokenizer, end_ids(tokenizer)
 
 
@@ -232,8 +233,13 @@ def require_template(tokenizer: PreTrainedTokenizerBase) -> None:
         raise InputError("this checkpoint has no chat template; accepted: raw prompts, as texts (--chat_template no)")
 
 
+# What a chat template may end in: its own refusals come through jinja, what it does with a message of another form
+# does not.
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+
+
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict], tools: list | None = None, **options) -> str:
-    """The text that the chat template makes of a conversation. Raises what the template raises, whatever it is."""
+    """The text that the chat template makes of a conversation. Raises one of TEMPLATE_ERRORS."""
     return tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, **options)
 
 
@@ -248,8 +254,8 @@ def encode_chat(
     require_template(tokenizer)
     try:
         text = render(tokenizer, messages, tools, add_generation_prompt=True)
-    except Exception as e:  # templates raise their own messages through jinja
-        raise InputError(f"the chat template refuses these messages: {first_line(e)}") from None
+    except TEMPLATE_ERRORS as e:
+        raise InputError(f"the chat template refuses these messages: {first_line(e)}") from e
     return encode_text(tokenizer, text, special_tokens=False)
 
 
