@@ -13,6 +13,7 @@ import math
 import re
 import time
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,9 +37,24 @@ from msn_jax.params import Params, declare, parameter_count, shaped
 from msn_jax.shapes import SHAPES
 from msn_jax.sharding import MESH_AXES, check_batch, make_mesh, mesh_sizes, sharding
 
-# Memory of a chip in bytes (Google Cloud TPU documentation).
 GIB = 2**30
-CHIP_BYTES = {"v4": 32 * 2**30, "v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30}
+
+
+class Chip(NamedTuple):
+    """A TPU by its bytes of memory, bytes a second of it, and cycles a second of its cores."""
+
+    memory: int
+    bandwidth: float
+    clock: float
+
+
+# Google Cloud TPU documentation; the clock is the peak in bfloat16 over twice the multipliers of its matrix units.
+CHIPS = {
+    "v4": Chip(32 * GIB, 1228e9, 1.05e9),
+    "v5e": Chip(16 * GIB, 819e9, 1.5e9),
+    "v5p": Chip(95 * GIB, 2765e9, 1.75e9),
+    "v6e": Chip(32 * GIB, 1640e9, 1.75e9),
+}
 
 
 def topology_devices(name: str):
@@ -58,8 +74,8 @@ def topology_devices(name: str):
 
 def topology_shape(name: str) -> tuple[int, ...]:
     """Chips of a slice along each side: v5e:2x4 -> (2, 4). Raises InputError for a name that is none."""
-    if not re.fullmatch(r"v\d\w*:\d+x\d+(x\d+)?", name) or name.split(":")[0] not in CHIP_BYTES:
-        raise InputError(f"--topology {name}: accepted: {', '.join(CHIP_BYTES)} and a shape, such as v5e:2x4")
+    if not re.fullmatch(r"v\d\w*:\d+x\d+(x\d+)?", name) or name.split(":")[0] not in CHIPS:
+        raise InputError(f"--topology {name}: accepted: {', '.join(CHIPS)} and a shape, such as v5e:2x4")
     return tuple(int(n) for n in name.split(":")[1].split("x"))
 
 
@@ -85,10 +101,16 @@ def cache_copies(hlo: str, shape: tuple[int, ...]) -> list[str]:
     return re.findall(rf"^.*= \(?\w+{dims}\S* copy(?:-start)?\(.*$", body, re.MULTILINE)
 
 
-def estimated_seconds(compiled) -> float:
-    """XLA's own estimate of one run, without the operations that it has none for (collectives, loops)."""
-    # Each of those counts as -1 s; the rest is the sum of the others, well under a second here.
-    return compiled.cost_analysis()["optimal_seconds"] % 1.0
+def estimated_seconds(compiled: jax.stages.Compiled, chip: str) -> float:
+    """One run of a compiled module by XLA:TPU's own estimates, without collectives: the longer of what its operations
+    take at the chip's clock and of what its arguments (weights and cache) take to read.
+
+    What is read ahead while others compute costs nothing more, and XLA reads weights ahead. Its `cost_analysis` does
+    not serve: it counts what comes from fast memory as if it came from the slow one. A loop's body counts once.
+    """
+    cycles = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', compiled.as_text())))
+    read = compiled.memory_analysis().argument_size_in_bytes
+    return max(cycles / CHIPS[chip].clock, read / CHIPS[chip].bandwidth)
 
 
 def widened_weights(hlo: str, params: Params) -> int:
@@ -108,17 +130,20 @@ def lower_cycle(params: Params, state: loop.DecodeState, cfg: ModelConfig, trees
     return step.lower(params, state, cfg=cfg, trees=trees)
 
 
-def tree_seconds(shape: str, topology: str, tree: str, batch: int, dtype: str = "bfloat16") -> float:
-    """XLA's estimate of a cycle with this tree on a slice, all its chips along the tensor axis, without collectives.
+def tree_plan(shape: str, topology: str, tree: str, batch: int, dtype: str = "bfloat16") -> dict[str, float]:
+    """What a cycle with this tree takes on a slice, all its chips along the tensor axis.
 
     shape: one of SHAPES; its whole context is in the cache.
     """
     devices, cfg, trees = topology_devices(topology), SHAPES[shape], tree_set("tr-jacobi", tree)
-    mesh = make_mesh(tensor=len(devices), devices=devices)
+    slots, mesh = loop.bucket(cfg.max_position), make_mesh(tensor=len(devices), devices=devices)
     params = shaped(declare(cfg), mesh, dtype)
     with jax.set_mesh(mesh):
-        state = decode_state(cfg, trees, mesh, batch, loop.bucket(cfg.max_position), params.embed.dtype)
-        return estimated_seconds(lower_cycle(params, state, cfg, trees).compile())
+        state = decode_state(cfg, trees, mesh, batch, slots, params.embed.dtype)
+        compiled = lower_cycle(params, state, cfg, trees).compile()
+    chip = topology.split(":")[0]
+    read = compiled.memory_analysis().argument_size_in_bytes
+    return {"slots": slots, "argument_bytes": read, "estimated_s": estimated_seconds(compiled, chip)}
 
 
 def plan_decode(
@@ -139,7 +164,7 @@ def plan_decode(
     weights, dtype = dtype, params.embed.dtype
     kv = sharding(("batch", "kv_heads", None, None), (1, cfg.kv_heads, slots, cfg.head_dim), mesh)
     print(f"{name} in {weights}, {slots} cache slots, trees {trees.name}")
-    print(f"{topology}: {len(devices)} chips of {CHIP_BYTES[chip] / 2**30:.0f} GiB, tensor-sharded")
+    print(f"{topology}: {len(devices)} chips of {CHIPS[chip].memory / 2**30:.0f} GiB, tensor-sharded")
     heads = f"{'weights+cache':>14} {'temporaries':>12} {'of a chip':>9} {'estimate':>9} {'copies':>6}"
     print(f"{'program':<12} {'batch':>5} {heads}", flush=True)
     rows = {}
@@ -159,12 +184,12 @@ def plan_decode(
                 except jax.errors.JaxRuntimeError as e:
                     what = f"{program}, batch {batch}: does not compile for {topology}"
                     raise InputError(f"{what}: {first_line(e)}") from e
-                memory, seconds = compiled.memory_analysis(), estimated_seconds(compiled)
+                memory, seconds = compiled.memory_analysis(), estimated_seconds(compiled, chip)
                 args, temp = memory.argument_size_in_bytes, memory.temp_size_in_bytes
                 row = {
                     "argument_bytes": args,
                     "temp_bytes": temp,
-                    "chip_frac": (args + temp) / CHIP_BYTES[chip],
+                    "chip_frac": (args + temp) / CHIPS[chip].memory,
                     # A loop's cost counts its body once, whatever the trips: it would only mislead.
                     "estimated_s": None if program == "loop" else seconds,
                     "cache_copies": len(cache_copies(compiled.as_text(), shape)) if program == "loop" else None,
@@ -249,13 +274,13 @@ def plan_train(run: RunConfig, topology: str | None) -> None:
             "topology": topology,
             "argument_bytes": memory.argument_size_in_bytes,
             "temp_bytes": memory.temp_size_in_bytes,
-            "chip_frac": peak / CHIP_BYTES[chip],
+            "chip_frac": peak / CHIPS[chip].memory,
             "compile_s": time.perf_counter() - start,
         }
         print(
             f"{topology}: {memory.argument_size_in_bytes / GIB:.2f} GiB of state and batch + "
             f"{memory.temp_size_in_bytes / GIB:.2f} GiB of temporaries = {peak / GIB:.2f} GiB a chip, "
-            f"{peak / CHIP_BYTES[chip]:.0%} of {CHIP_BYTES[chip] / GIB:.0f} GiB (compiled by XLA:TPU)"
+            f"{peak / CHIPS[chip].memory:.0%} of {CHIPS[chip].memory / GIB:.0f} GiB (compiled by XLA:TPU)"
         )
     else:
         activations = activation_bytes(cfg, run, math.prod(sizes[:2]), sizes[2])

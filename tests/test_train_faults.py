@@ -1,7 +1,6 @@
 """Runs that cannot go well: outputs that are somebody's files, weights that are not numbers, a Ctrl-C."""
 
 import hashlib
-import re
 from pathlib import Path
 
 import numpy as np
