@@ -60,6 +60,7 @@ def test_a_call_that_cannot_be_honoured_is_refused(tiny_lm, prompts, settings, n
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ids", [[5, 6], (5, 6), np.array([5, 6]), jnp.array([5, 6]), [np.int32(5), jnp.int32(6)]])
 def test_ids_of_every_kind_are_the_same_prompt(tiny_lm, ids):
     (result,) = generate(tiny_lm, iter([ids]), max_new_tokens=3, method="ar")
@@ -138,6 +139,7 @@ print("spread")
 """
 
 
+@pytest.mark.slow
 def test_a_mesh_is_remembered(tiny_ckpt):
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"}
     done = subprocess.run(
@@ -146,6 +148,7 @@ def test_a_mesh_is_remembered(tiny_ckpt):
     assert done.stdout == "spread\n", done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_the_import_and_the_library_print_nothing(tiny_ckpt):
     code = "import msn_jax, sys; msn_jax.generate(msn_jax.load(sys.argv[1]), ['ab'], max_new_tokens=2)"
     done = subprocess.run([sys.executable, "-c", code, str(tiny_ckpt)], cwd=ROOT, capture_output=True, text=True)
