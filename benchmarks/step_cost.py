@@ -1,7 +1,7 @@
 """What a pass costs by its number of tree nodes, beside one token and the memory-bandwidth floor.
 
     python benchmarks/step_cost.py --ckpt smollm2-135m-instruct
-    python benchmarks/step_cost.py --adapter DIR --nodes 1 --trees draft6,draft8
+    python benchmarks/step_cost.py --adapter DIR --nodes 1 --trees ahead8,ahead16
 
 All sizes take turns in one process. The floor is the time to read every weight and cached key and value once, at
 the best rate that any of several plain reads reaches in the same run.

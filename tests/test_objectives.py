@@ -262,7 +262,7 @@ def test_marked_runs_resume_export_and_decode_with_marks(config, tmp_path):
     for lm in (exported, merged):
         plain, drafted = (
             generate(lm, chat, method=method, tree=tree, max_new_tokens=20)[0]
-            for method, tree in (("ar", None), ("jacobi", "draft8"))
+            for method, tree in (("ar", None), ("jacobi", "ahead8"))
         )
         assert drafted.tokens == plain.tokens
 

@@ -27,6 +27,7 @@ ARMS = (
     "tr-jacobi:msn69",
     "lookup:chain16",
     "+tr-jacobi:draft21",
+    "+tr-jacobi:ahead",
     "jacobi:msn69",
 )
 WARM_TOKENS = 8

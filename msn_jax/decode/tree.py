@@ -227,10 +227,11 @@ class TreeSet:
 def chain(length: int, kind: str, name: str | None = None, noise: dict[int, int] | None = None) -> TreeSpec:
     """The root and `length` drafts in a row; under the node of each depth in `noise`, so many noise nodes in a row."""
     tree = TreeSpec(name or f"{kind}{length}", tuple(range(-1, length)), ((ROOT, 0),) + ((kind, 0),) * length)
-    return _with_noise(tree, noise or {})
+    return with_noise(tree, noise or {})
 
 
-def _with_noise(tree: TreeSpec, noise: dict[int, int]) -> TreeSpec:
+def with_noise(tree: TreeSpec, noise: dict[int, int]) -> TreeSpec:
+    """A tree of drafts with so many noise nodes in a row under each node of `noise`."""
     parents, sources = list(tree.parents), list(tree.sources)
     for node, length in noise.items():
         for place in range(length):
@@ -263,7 +264,7 @@ def branching(
     for path in (noise or {}).keys() - at.keys():
         raise InputError(f"tree {name!r}: the path {path} leads to no node")
     tree = TreeSpec(name, tuple(parents), tuple(sources))
-    return _with_noise(tree, {at[path]: length for path, length in (noise or {}).items()})
+    return with_noise(tree, {at[path]: length for path, length in (noise or {}).items()})
 
 
 def likely(name: str, drafts: int, odds: tuple[float, ...], kind: str, retrieval: int = 0) -> TreeSpec:
