@@ -103,4 +103,22 @@ def test_noise_under_a_node_or_above_it_predicts_ahead():
 def test_another_platform_is_an_accelerator():
     for method in METHODS:
         assert tree_set(method, backend="METAL") == tree_set(method, backend="gpu")
-    assert tree_set("tr-jacobi", backend="METAL", draft_only=True) == tree_set("tr-jacobi", None, "tpu", True)
+    assert tree_set("tr-jacobi", backend="METAL", draft_only=True) == tree_set("tr-jacobi", None, "gpu", True)
+
+
+def test_default_trees_are_wide_only_where_that_pays():
+    # By place and batch: untouched, with a draft-only adapter.
+    names = {
+        ("cpu", 1): ("adaptive", "draft"),
+        ("cpu", 8): ("adaptive", "draft"),
+        ("gpu", 1): ("mix64", "wide64"),
+        ("gpu", 2): ("mix16", "ahead"),
+        ("tpu", 1): ("mix16", "ahead"),
+        ("tpu", 2): ("adaptive", "draft"),
+    }
+    for (backend, batch), expected in names.items():
+        found = [tree_set("tr-jacobi", None, backend, draft_only, batch) for draft_only in (False, True)]
+        assert tuple(trees.name for trees in found) == expected, (backend, batch)
+        for method in METHODS:
+            sizes = [tree_set(method, None, backend, draft_only, batch).trees[-1].size for draft_only in (False, True)]
+            assert max(sizes) <= {"adaptive": 16, "mix16": 16, "mix64": 69}[expected[0]], method

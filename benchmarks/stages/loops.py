@@ -31,7 +31,7 @@ class Loop:
 
     def __post_init__(self):
         method, _, tree = self.arm.partition(":")
-        self.trees = tree_set(method, tree or None, self.lm.backend, self.lm.drafter is not None)
+        self.trees = tree_set(method, tree or None, self.lm.backend, self.lm.drafter is not None, self.batch)
         self.decode = DecodeConfig(method=method, max_new_tokens=self.max_new_tokens)
 
     def state(self, prompts: list[list[int]], max_new_tokens: int | None = None):

@@ -85,18 +85,28 @@ _USES = {
     "ar": (),
 }
 METHODS = tuple(_USES)
-# The default trees by backend. CPU: measured by benchmarks/step_cost.py and spec_bench.py (LOG.md). GPU: a pass of 64
-# nodes costs 1.18 of one token at the sizes of Llama-3-8B (docs/accelerators.md), so the trees with most tokens a pass.
-# TPU: by the compiler's estimate 69 nodes cost 1.29 there, so the same.
-_WIDE = {"tr-jacobi": "mix64", "lookup": "chain16", "jacobi": "msn69", "recycling": "recycle64", "ar": "root"}
-_WIDE_DRAFT_ONLY = {"tr-jacobi": "wide64", "jacobi": "ahead16"}
-_DEFAULT = {
-    "cpu": {"tr-jacobi": "adaptive", "lookup": "adaptive", "jacobi": "chain4", "recycling": "recycle8", "ar": "root"},
-    "gpu": _WIDE,
-    "tpu": _WIDE,
-}
-# With a draft-only adapter.
-_DRAFT_ONLY = {"cpu": {"tr-jacobi": "draft", "jacobi": "ahead8"}, "gpu": _WIDE_DRAFT_ONLY, "tpu": _WIDE_DRAFT_ONLY}
+# The default trees: for passes whose cost rises with every row, rises late, hardly rises.
+_SMALL = {"tr-jacobi": "adaptive", "lookup": "adaptive", "jacobi": "chain4", "recycling": "recycle8"}
+_SMALL_DRAFT_ONLY = _SMALL | {"tr-jacobi": "draft", "jacobi": "ahead8"}
+_MIDDLE = {"tr-jacobi": "mix16", "lookup": "chain16", "jacobi": "small13", "recycling": "recycle16"}
+_MIDDLE_DRAFT_ONLY = _MIDDLE | {"tr-jacobi": "ahead", "jacobi": "ahead16"}
+_LARGE = {"tr-jacobi": "mix64", "lookup": "chain16", "jacobi": "msn69", "recycling": "recycle64"}
+_LARGE_DRAFT_ONLY = _LARGE | {"tr-jacobi": "wide64", "jacobi": "ahead16"}
+
+
+def _default(method: str, backend: str, draft_only: bool, batch: int) -> str:
+    if backend == "cpu" or (backend == "tpu" and batch > 1):
+        # CPU: measured by benchmarks/step_cost.py and spec_bench.py (LOG.md). TPU, by XLA's estimates for Llama-3-8B
+        # (docs/plan.md): with 8 prompts, 8 nodes each cost 1.25 (v5e) and 1.19 (v5p) of one token, 16 nodes 1.97 and
+        # 1.65, about what they bring.
+        return (_SMALL_DRAFT_ONLY if draft_only else _SMALL)[method]
+    if backend == "tpu" or batch > 1:
+        # TPU, one prompt: 16 nodes cost 1.00 (v5e) and 1.41 (v5p), 64 nodes 1.49 and 1.86, which a few more tokens a
+        # pass do not pay. GPU: batches were not measured.
+        return (_MIDDLE_DRAFT_ONLY if draft_only else _MIDDLE)[method]
+    # GPU, and jax has platforms beside these, all of them accelerators: 64 nodes cost 1.18 of one token at the sizes of
+    # Llama-3-8B (docs/accelerators.md).
+    return (_LARGE_DRAFT_ONLY if draft_only else _LARGE)[method]
 
 
 def tree_set(
@@ -104,8 +114,8 @@ def tree_set(
 ) -> TreeSet:
     """The trees a method decodes with: those of `name`, less the drafts that the method does not use.
 
-    name: one of TREE_SETS, or a .json file of --tune_out, in which there is a set for each batch size; draft_only:
-    whether a draft-only adapter stands by, which has default trees of its own.
+    name: one of TREE_SETS, or a .json file of --tune_out, in which there is a set for each batch size; None: the
+    default of backend and batch. draft_only: whether a draft-only adapter stands by, which has defaults of its own.
     Raises InputError for an unknown method or name, or where no draft is left.
     """
     if method not in METHODS:
@@ -115,9 +125,7 @@ def tree_set(
         raise InputError(f"unknown tree {name!r}; accepted: a .json file of --tune_out, {', '.join(TREE_SETS)}")
     if method == "ar":
         return TREE_SETS["root"]
-    backend = backend if backend in _DEFAULT else "gpu"  # jax has platforms beside these, all of them accelerators
-    default = _DEFAULT[backend] | (_DRAFT_ONLY[backend] if draft_only else {})
-    base = tree_file.read(name, batch) if from_file else TREE_SETS[name or default[method]]
+    base = tree_file.read(name, batch) if from_file else TREE_SETS[name or _default(method, backend, draft_only, batch)]
     uses = _USES[method]
     if uses is None:
         return base

@@ -1,0 +1,40 @@
+"""What is read off a compiled module for a TPU, and the table that is made of it."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks.plan_table import tree_lines
+from msn_jax.linear import linear
+from msn_jax.plan import estimated_seconds
+
+
+@pytest.mark.parametrize("read, seconds", [(819_000_000, 0.002), (8_190_000_000, 0.01)])
+def test_a_cycle_takes_the_longer_of_its_operations_and_of_its_reading(read, seconds):
+    text = 'a, backend_config={"estimated_cycles":"1000000","x":0}\nb, backend_config={"estimated_cycles":"2000000"}\nc'
+    memory = SimpleNamespace(argument_size_in_bytes=read)
+    compiled = SimpleNamespace(as_text=lambda: text, memory_analysis=lambda: memory)
+    assert estimated_seconds(compiled, "v5e") == pytest.approx(seconds)  # 1.5 GHz, 819 GB/s
+
+
+@pytest.mark.parametrize("dtype, rows", [("bfloat16", 2), ("float32", 1)])
+def test_a_tpu_multiplies_one_row_of_bfloat16_as_two(dtype, rows):
+    x, w = jnp.zeros((1, 1, 16), dtype), jnp.zeros((24, 16), dtype)
+    text = jax.jit(linear).trace(x, w).lower(lowering_platforms=("tpu",)).as_text()
+    (product,) = [line for line in text.splitlines() if "dot_general" in line]
+    assert f"tensor<{'2x' if rows == 2 else '1x1x'}24x" in product.rpartition("->")[2]
+
+
+def test_a_table_of_trees_has_ratios_to_one_token():
+    cycle = lambda nodes, ms: {"nodes": nodes, "slots": 8192, "estimated_s": ms / 1e3}
+    row = {"model": "m", "topology": "v5e:2x4"}
+    one = row | {"cycles": {"1": {"root": cycle(1, 2), "b": cycle(64, 3), "a": cycle(16, 2.5)}}}
+    other = row | {"cycles": {"8": {"root": cycle(1, 4), "b": cycle(64, 8)}}}
+    assert tree_lines([one, other]).splitlines() == [
+        "a (16) | b (64) |",
+        "|---" * 7 + "|",
+        "| m | v5e:2x4 | 8,192 | 1 | 2.00 | 1.25 | 1.50 |",
+        "| m | v5e:2x4 | 8,192 | 8 | 4.00 |  | 2.00 |",
+    ]
