@@ -78,16 +78,16 @@ def linear(x: Array, w: Array | Int8Weight, in_dims: int = 1, dtype=None) -> Arr
 
 
 def _product(x: Array, w: Array | Int8Weight, in_dims: int, dtype) -> Array:
-    rows, outs = x.ndim - in_dims, w.ndim - in_dims
-    count = math.prod(x.shape[:rows])
+    of = partial(_narrow, in_dims=in_dims, dtype=dtype), partial(_xla_product, in_dims=in_dims, dtype=dtype)
+    return kernels.on_cpu(math.prod(x.shape[: x.ndim - in_dims]), *of, x, w)
 
-    def narrow(name, x, w):
-        values, scale = (w.values, w.scale.reshape(-1)) if isinstance(w, Int8Weight) else (w, None)
-        flat = x.astype(jnp.float32).reshape(count, -1)
-        y = kernels.product(name, flat, values.reshape(math.prod(w.shape[:outs]), -1), scale)
-        return y.reshape(*x.shape[:rows], *w.shape[:outs]).astype(dtype)
 
-    return kernels.on_cpu(count, narrow, partial(_xla_product, in_dims=in_dims, dtype=dtype), x, w)
+def _narrow(name: str, x: Array, w: Array | Int8Weight, in_dims: int, dtype, **low_rank) -> Array:
+    rows, outs = x.shape[: x.ndim - in_dims], w.shape[: w.ndim - in_dims]
+    values, scale = (w.values, w.scale.reshape(-1)) if isinstance(w, Int8Weight) else (w, None)
+    flat = x.astype(jnp.float32).reshape(math.prod(rows), -1)
+    y = kernels.product(name, flat, values.reshape(math.prod(outs), -1), scale, **low_rank)
+    return y.reshape(*rows, *outs).astype(dtype)
 
 
 def _xla_product(x: Array, w: Array | Int8Weight, in_dims: int, dtype) -> Array:
@@ -164,13 +164,30 @@ _rounded.defvjp(_rounded_forward, _rounded_backward)
 def adapted(
     x: Array, w: Array, bias: Array | None, low_rank: LowRank | None, last: int | None, in_dims: int = 1
 ) -> Array:
-    """`linear` with its bias, and with what an adapter adds to the `last` of T tokens (None: to all)."""
-    y = linear(x, w, in_dims)
-    if bias is not None:
-        y = y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
+    """`linear` with its bias, and with what an adapter adds to the `last` of T tokens (None: to all).
+
+    x [B, T, *in].
+    """
     if low_rank is None:
-        return y
-    x = x if last is None else x[:, -last:]
+        y = linear(x, w, in_dims)
+    elif last is None:
+        y = _low_rank_added(x, w, low_rank, x.shape[1], in_dims)
+    else:
+        fused = partial(_fused, last=last, in_dims=in_dims)
+        apart = partial(_low_rank_added, last=last, in_dims=in_dims)
+        y = kernels.on_cpu(x.shape[0] * x.shape[1], fused, apart, x, w, low_rank)
+    return y if bias is None else y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
+
+
+def _low_rank_added(x: Array, w: Array, low_rank: LowRank, last: int, in_dims: int) -> Array:
+    y, x = linear(x, w, in_dims), x[:, -last:]
     hidden = linear(x, low_rank.a.astype(w.dtype), in_dims) * jnp.asarray(low_rank.scale, x.dtype)
     delta = linear(hidden, low_rank.b.astype(w.dtype))
-    return y + jnp.pad(delta, ((0, 0), (y.shape[1] - delta.shape[1], 0)) + ((0, 0),) * (y.ndim - 2))
+    return y + jnp.pad(delta, ((0, 0), (y.shape[1] - last, 0)) + ((0, 0),) * (y.ndim - 2))
+
+
+def _fused(name: str, x: Array, w: Array, low_rank: LowRank, last: int, in_dims: int) -> Array:
+    """`_low_rank_added` in one call."""
+    a, b = low_rank.a.astype(w.dtype), low_rank.b.astype(w.dtype)
+    matrices = a.reshape(len(a), -1), b.reshape(-1, len(a)), low_rank.scale
+    return _narrow(name, x, w, in_dims, x.dtype, low_rank=matrices, last=last, tokens=x.shape[1])

@@ -21,7 +21,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import ml_dtypes
 import numpy as np
-from test_kernels import attention_case, bfloat16, numpy_attention, weights
+from test_kernels import adapter_agrees, attention_case, bfloat16, numpy_attention, weights
 
 from msn_jax import kernels
 from msn_jax.kernels.build import compile_library
@@ -37,6 +37,13 @@ def product(rng, name):
     y = np.asarray(kernels.product(name, x, w, scale))
     rounded = (x if dtype == "float32" else bfloat16(x)).astype(np.float64)
     return np.abs(y - rounded @ exact.T) <= 3e-7 * ins**0.5 * (np.abs(rounded) @ np.abs(exact).T) + 1e-30
+
+
+def adapter(rng, name):
+    tokens = int(rng.integers(1, 17))
+    groups, last, ins, out, rank = (int(n) for n in rng.integers((1, 0, 1, 1, 1), (4, tokens + 1, 200, 100, 80)))
+    dtype = ["float32", ml_dtypes.bfloat16, "int8"][rng.integers(3)]
+    return adapter_agrees(rng, name, groups, tokens, last, ins, out, rank, dtype)
 
 
 def attention(rng, name):
@@ -73,7 +80,7 @@ def run(name: str, cases: int) -> None:
     assert kernels.instruction_set() == name
     for seed in range(cases):
         rng = np.random.default_rng(seed)
-        kind = [product, product, attention, attention, norm, best][seed % 6]
+        kind = [product, adapter, attention, attention, norm, best][seed % 6]
         if not kind(rng, name).all():
             sys.exit(f"{name}: {kind.__name__} differs from NumPy at seed {seed}")
         if seed % 500 == 499:

@@ -12,11 +12,13 @@ import pytest
 from conftest import decode_all
 
 from msn_jax import InputError, ModelConfig, forward, init, kernels, unembed
+from msn_jax.adapters import init_adapter
 from msn_jax.cache import init_cache, write_cache
+from msn_jax.config import LoraConfig
 from msn_jax.decode import tree_set
 from msn_jax.kernels.build import library_path
 from msn_jax.linear import linear, round_int8
-from msn_jax.params import declare, round_params
+from msn_jax.params import DraftAdapter, declare, round_params, unstack
 
 NAMES = kernels.available()
 pytestmark = pytest.mark.skipif(not NAMES, reason="the kernels are not built")
@@ -57,6 +59,31 @@ def test_product(name, dtype, forced):
         assert (np.abs(y - rounded.astype(np.float64) @ exact.T) <= 3e-7 * ins**0.5 * bound + 1e-30).all()
         alone = [np.asarray(kernels.product(name, x[i : i + 1], w, scale)) for i in (0, rows - 1)]
         assert (y[0] == alone[0][0]).all() and (y[-1] == alone[1][0]).all()
+
+
+def adapter_agrees(rng, name, groups, tokens, last, ins, out, rank, dtype):
+    """By number: is a product with an adapter at the last tokens of each group right, elsewhere to the bit?"""
+    x = rng.normal(size=(groups * tokens, ins)).astype(np.float32)
+    w, scale, _ = weights(rng, out, ins, dtype)
+    kind = ml_dtypes.bfloat16 if dtype == "int8" else dtype
+    a, b = (rng.normal(size=s).astype(kind) for s in ((rank, ins), (out, rank)))
+    plain = np.asarray(kernels.product(name, x, w, scale))
+    added = np.asarray(kernels.product(name, x, w, scale, (a, b, 0.5), last, tokens)) - plain
+    rounded = (lambda n: n) if dtype == "float32" else bfloat16
+    hidden = rounded(0.5 * (rounded(x).astype(np.float64) @ a.astype(np.float64).T)).astype(np.float64)
+    bound = np.abs(hidden) @ np.abs(b.astype(np.float64)).T + 0.01 * np.abs(plain)
+    # In bfloat16 the sums between may round the other way.
+    near = np.abs(added - hidden @ b.astype(np.float64).T) <= (1e-4 if dtype == "float32" else 6e-3) * bound
+    return np.where((np.arange(len(x)) % tokens >= tokens - last)[:, None], near, added == 0)
+
+
+@each_set
+@pytest.mark.parametrize("dtype", ["float32", ml_dtypes.bfloat16, "int8"], ids=str)
+def test_what_an_adapter_adds(name, dtype, forced):
+    # Ranks that no vector divides, and one that is several.
+    rng = np.random.default_rng(5)
+    for case in [(1, 8, 3, 40, 50, 28), (2, 5, 5, 33, 17, 3), (3, 4, 1, 64, 16, 70), (2, 3, 0, 9, 20, 4)]:
+        assert adapter_agrees(rng, name, *case, dtype).all()
 
 
 def numpy_attention(q, k, v, mask, past_k, past_v, length, oldest):
@@ -173,6 +200,35 @@ def test_bits_do_not_depend_on_width_or_batch(family, dtype, name, forced):
         assert (hidden_states(cfg, params, tokens[:B], width)[0] == one[0]).all()
 
 
+def tiny_drafter(cfg, dtype):
+    lora = LoraConfig(rank=5, alpha=5.0)
+    layers = init_adapter(jax.random.key(1), cfg, lora)
+    layers = jax.tree.map(lambda a: jax.random.normal(jax.random.key(2), a.shape) / 4, layers)
+    embed = jax.random.normal(jax.random.key(4), (4, cfg.embed))
+    return jax.tree.map(lambda a: a.astype(dtype), DraftAdapter(unstack(layers), embed))
+
+
+@pytest.mark.parametrize("family, dtype", zip(MODELS, (*DTYPES, "bfloat16"), strict=True))
+def test_an_adapter_leaves_the_bits_of_all_but_noise(family, dtype, monkeypatch):
+    cfg, params = tiny_model(family, dtype)
+    drafter = tiny_drafter(cfg, params.embed.dtype)
+    tree = tree_set("tr-jacobi", "draft13").trees[0]
+    tokens = jax.random.randint(jax.random.key(0), (2, tree.size), 0, cfg.vocab_size)
+
+    def hidden(**added):
+        cache = init_cache(cfg, 2, 32, params.embed.dtype)
+        at = jnp.broadcast_to(tree.depth, tokens.shape)
+        run = jax.jit(lambda p: forward(p, cfg, tokens, at, tree.ancestors, cache, dtype=jnp.float32, **added)[0])
+        return np.asarray(run(params))
+
+    kept = tree.noise_depth == 0
+    plain, noisy = hidden(), hidden(adapter=drafter, noise_depth=tree.noise_depth)
+    assert (noisy[:, kept] == plain[:, kept]).all() and (noisy[:, ~kept] != plain[:, ~kept]).any(-1).all()
+    monkeypatch.setenv(kernels.VARIABLE, "off")
+    xla = hidden(adapter=drafter, noise_depth=tree.noise_depth)
+    np.testing.assert_allclose(noisy, xla, atol=1e-4 if dtype == "float32" else 0.15)
+
+
 @pytest.mark.parametrize(
     "family, dtype", [*((family, "float32") for family in MODELS), ("llama", "bfloat16"), ("llama", "int8")]
 )
@@ -192,13 +248,15 @@ def test_every_method_gives_the_tokens_of_ar(dtype):
     cfg, params = tiny_model("llama", dtype)
     prompts = [[1, 2, 3, 4, 2, 3], [5, 6, 7], [9], [8, 8, 8, 8]]
     for settings in ({}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9}):
-        decode = lambda method, rows, given=settings: decode_all(
-            params, cfg, tree_set(method), rows, max_new_tokens=40, dtype=params.embed.dtype, **given
+        settings |= {"max_new_tokens": 40, "dtype": params.embed.dtype}
+        decode = lambda method, rows, name=None, drafter=None, given=settings: decode_all(
+            params, cfg, tree_set(method, name), rows, drafter=drafter, **given
         )[1]
         plain = decode("ar", prompts)
         for method in ("tr-jacobi", "lookup"):
             assert decode(method, prompts) == plain
             assert decode(method, prompts[:1]) == plain[:1]
+        assert decode("tr-jacobi", prompts, drafter=tiny_drafter(cfg, params.embed.dtype), name="draft8") == plain
 
 
 def test_gradients_and_maps_are_those_of_xla(tiny, monkeypatch):
@@ -224,17 +282,27 @@ def test_wrong_shapes_and_dtypes_are_refused(monkeypatch):
     call = lambda what, out, *args, **attributes: jax.block_until_ready(
         kernels._call(what, name, jax.ShapeDtypeStruct(*out), *args, **attributes)
     )
-    none = np.zeros(0, f32)
-    for args, out in [
-        ((x, w[:, :7], none), (2, 4)),
-        ((x, w, none), (2, 5)),
-        ((x.astype(np.float16), w, none), (2, 4)),
-        ((x, w.astype(np.int16), none), (2, 4)),
-        ((x, w.astype(np.int8), none), (2, 4)),
-        ((x[0], w, none), (2, 4)),
+    none, a, b = np.zeros(0, f32), np.zeros((3, 8), f32), np.zeros((4, 3), f32)
+    for args, out, last, tokens in [
+        ((x, w[:, :7], none, a, b), (2, 4), 1, 2),
+        ((x, w, none, a, b), (2, 5), 1, 2),
+        ((x.astype(np.float16), w, none, a, b), (2, 4), 1, 2),
+        ((x, w.astype(np.int16), none, a, b), (2, 4), 1, 2),
+        ((x, w.astype(np.int8), none, a, b), (2, 4), 1, 2),
+        ((x[0], w, none, a, b), (2, 4), 1, 2),
+        ((x, w, none, a[:, :7], b), (2, 4), 1, 2),
+        ((x, w, none, a, b[:3]), (2, 4), 1, 2),
+        ((x, w, none, a[:2], b), (2, 4), 1, 2),
+        ((x, w, none, bfloat16(a), bfloat16(b)), (2, 4), 1, 2),
+        ((x, w.astype(np.int8), np.ones(4, f32), a, b), (2, 4), 1, 2),
+        ((x, w, none, a, b), (2, 4), 3, 2),
+        ((x, w, none, a, b), (2, 4), -1, 2),
+        ((x, w, none, a, b), (2, 4), 1, 3),
+        ((x, w, none, a, b), (2, 4), 0, 0),
     ]:
+        rows = {"low_rank_scale": f32(1), "last": np.int64(last), "tokens": np.int64(tokens)}
         with pytest.raises(Exception, match="product: "):
-            call("product", (out, f32), *args)
+            call("product", (out, f32), *args, **rows)
     rng = np.random.default_rng(0)
     q, k, v, mask, past_k, past_v, length, _ = attention_case(rng, 2, 3, 2, 2, 8, 6, False, "float32")
     good = [q, k, v, mask, past_k, past_v, length, np.zeros(0, np.int32)]

@@ -123,13 +123,28 @@ def _call(call: str, name: str, out, *args, **attributes):
     return jax.ffi.ffi_call(f"msn_jax_{call}_{name}", out, vmap_method="sequential")(*args, **attributes)
 
 
-def product(name: str, x: Array, w: Array, scale: Array | None = None) -> Array:
+def product(
+    name: str,
+    x: Array,
+    w: Array,
+    scale: Array | None = None,
+    low_rank: tuple[Array, Array, float] | None = None,
+    last: int = 1,
+    tokens: int = 1,
+) -> Array:
     """float32 [rows, out] of x float32 [rows, in] and w [out, in] in float32, bfloat16 or int8.
 
     For other weights than float32 x is rounded to bfloat16; scale float32[out] belongs to int8.
+    low_rank: (a [r, in], b [out, r], s) of w's dtype (bfloat16 beside int8); s * b @ a @ x is added to the `last` of
+    each `tokens` rows, in the same call.
     """
+    kind = jnp.bfloat16 if w.dtype == jnp.int8 else w.dtype
+    none = jnp.zeros((0, x.shape[1]), kind), jnp.zeros((w.shape[0], 0), kind), 0.0
+    a, b, s = low_rank or none
     scale = jnp.zeros(0, jnp.float32) if scale is None else scale
-    return _call("product", name, jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), jnp.float32), x, w, scale)
+    out = jax.ShapeDtypeStruct((x.shape[0], w.shape[0]), jnp.float32)
+    attributes = {"low_rank_scale": np.float32(s), "last": np.int64(last), "tokens": np.int64(tokens)}
+    return _call("product", name, out, x, w, scale, a, b, **attributes)
 
 
 def attention(

@@ -64,37 +64,61 @@ static T* data(const ffi::AnyBuffer& buffer) {
   return static_cast<T*>(buffer.untyped_data());
 }
 
-// ---- y = x w
+// ---- y = x w, and scale * (x a) b added to the last rows of each `tokens`
+
+struct LowRank {
+  const void *a, *b;  // [rank, in] and [out, rank], of the type of w, bfloat16 beside int8
+  int64_t rank;
+  Rows rows;
+  float scale;
+};
 
 template <class W>
-static ffi::Future product_of(ffi::ThreadPool& pool, Product<W> p, const float* x) {
-  using Packed = typename Dot<W>::Packed;
-  p.padded = p.pad(p.in);
-  auto packed = std::make_shared<std::vector<Packed>>((p.rows + 3) / 4 * 4 * p.padded);
-  p.pack(x, p.rows, p.in, packed->data());
-  p.x = packed->data();
+static ffi::Future product_of(ffi::ThreadPool& pool, Product<W> p, const float* x, const LowRank& low) {
+  using A = std::conditional_t<std::is_same_v<W, int8_t>, bf16, W>;
+  p.pack(x, {});
+  Product<A> up{static_cast<const A*>(low.b), nullptr, p.y};
+  if (low.rank > 0 && low.rows.last > 0) {
+    FlushDenormals here;
+    const int64_t rows = p.rows / low.rows.tokens * low.rows.last;
+    std::vector<float> hidden(rows * low.rank);
+    Product<A> down{static_cast<const A*>(low.a), nullptr, hidden.data(), rows, p.in, low.rank};
+    down.pack(x, low.rows);
+    down.run(0, low.rank);
+    for (float& h : hidden) h *= low.scale;
+    up = {up.w, nullptr, p.y, rows, low.rank, p.out, true, low.rows};
+    up.pack(hidden.data(), {});
+  }
   // About six parts a thread, so that none waits long for the last; each a whole number of blocks of L.
   const int64_t blocks = (p.out + L - 1) / L;
   const int64_t each = std::max<int64_t>(1, blocks / std::max<int64_t>(1, 6 * pool.num_threads()));
   const int64_t count = p.rows ? (blocks + each - 1) / each : 0;
-  return run_parts(pool, count, [p, packed, each](int64_t i) {
-    p.run(i * each * L, std::min(p.out, (i + 1) * each * L));
+  return run_parts(pool, count, [p = std::move(p), up = std::move(up), each](int64_t i) {
+    const int64_t first = i * each * L, end = std::min(p.out, (i + 1) * each * L);
+    p.run(first, end);
+    up.run(first, end);
   });
 }
 
 static ffi::Future product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::AnyBuffer scale,
-                           ffi::Result<ffi::AnyBuffer> y) {
+                           ffi::AnyBuffer a, ffi::AnyBuffer b, ffi::Result<ffi::AnyBuffer> y, float low_rank_scale,
+                           int64_t last, int64_t tokens) {
   if (x.dimensions().size() != 2 || w.dimensions().size() != 2) return wrong("product: x and w have two axes");
-  const int64_t rows = x.dimensions()[0], in = x.dimensions()[1], out = w.dimensions()[0];
-  const ffi::DataType type = w.element_type();
+  if (a.dimensions().size() != 2) return wrong("product: a has two axes");
+  const int64_t rows = x.dimensions()[0], in = x.dimensions()[1], out = w.dimensions()[0], rank = a.dimensions()[0];
+  const ffi::DataType type = w.element_type(), low_type = type == ffi::S8 ? ffi::BF16 : type;
   if (!is(x, ffi::F32, {rows, in})) return wrong("product: x is float32 [rows, in]");
   if (!is(w, type, {out, in})) return wrong("product: w is [out, in], with the `in` of x");
   if (!is(scale, ffi::F32, {type == ffi::S8 ? out : 0})) return wrong("product: scale is float32, one a row of int8");
+  if (!is(a, low_type, {rank, in}) || !is(b, low_type, {out, rank}))
+    return wrong("product: a is [rank, in] and b [out, rank], of the type of w");
+  if (tokens < 1 || rows % tokens || last < 0 || last > tokens) return wrong("product: rows are in groups of `tokens`");
   if (!is(*y, ffi::F32, {rows, out})) return wrong("product: y is float32 [rows, out]");
   const float* scales = type == ffi::S8 ? data<float>(scale) : nullptr;
+  const LowRank low = {a.untyped_data(), b.untyped_data(), rank, {last, tokens}, low_rank_scale};
   auto of = [&](auto* weights) {
     using W = std::remove_cv_t<std::remove_pointer_t<decltype(weights)>>;
-    return product_of<W>(pool, {nullptr, weights, scales, data<float>(*y), rows, in, out, 0}, data<float>(x));
+    return product_of<W>(pool, {weights, scales, data<float>(*y), rows, in, out}, data<float>(x), low);
   };
   if (type == ffi::F32) return of(data<float>(w));
   if (type == ffi::BF16) return of(data<bf16>(w));
@@ -228,8 +252,13 @@ static ffi::Future best(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi:
 using Any = ffi::AnyBuffer;
 
 EXPORTED XLA_FFI_Error* msn_jax_product(XLA_FFI_CallFrame* frame) {
-  static auto* handler =
-      ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Any>().Arg<Any>().Arg<Any>().Ret<Any>().To(product).release();
+  static auto* handler = ffi::Ffi::Bind()
+                             .Ctx<ffi::ThreadPool>()
+                             .Arg<Any>().Arg<Any>().Arg<Any>().Arg<Any>().Arg<Any>()
+                             .Ret<Any>()
+                             .Attr<float>("low_rank_scale").Attr<int64_t>("last").Attr<int64_t>("tokens")
+                             .To(product)
+                             .release();
   return handler->Call(frame);
 }
 

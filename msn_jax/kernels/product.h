@@ -1,10 +1,12 @@
 // y[rows, out] = x[rows, in] w[out, in] for few rows: the weights are read once, whatever the rows.
 //
 // Every (row, out) sum has one order: lane by lane along `in`, then the lanes by `fold`. A tile only says which sums
-// run side by side.
+// run side by side. A low-rank adapter adds two more products at some rows; the others keep their bits.
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <vector>
 
 #include "vector.h"
 
@@ -74,27 +76,51 @@ struct Dot<bf16> {
 
 #endif
 
+constexpr auto kOnesThenZeros = [] {
+  std::array<uint8_t, 128> bytes{};
+  for (int i = 0; i < 64; ++i) bytes[i] = 255;
+  return bytes;
+}();
+
+// All rows, or the last few of each `tokens`: where the i-th of them stands.
+struct Rows {
+  int64_t last = 1, tokens = 1;
+  int64_t at(int64_t i) const { return i / last * tokens + tokens - last + i % last; }
+};
+
 template <class W>
 struct Product {
   using D = Dot<W>;
-  const typename D::Packed* x;  // [rows rounded up to 4, padded]
-  const W* w;                   // [out, in]
-  const float* scale;           // [out], or null
-  float* y;                     // [rows, out]
-  int64_t rows, in, out, padded;  // padded: `in` up to a whole number of steps
+  const W* w;                     // [out, in]
+  const float* scale;             // [out], or null
+  float* y;                       // its `out_rows` are [rows, out]
+  int64_t rows = 0, in = 0, out = 0;
+  bool adds = false;              // to what y holds
+  Rows out_rows = {};
+  int64_t padded = 0;             // `in` up to a whole number of steps
+  std::vector<typename D::Packed> x = {};  // [rows rounded up to 4, padded], zero beyond [rows, in]
 
-  static int64_t pad(int64_t in) { return (in + D::kStep - 1) / D::kStep * D::kStep; }
-
-  // Pack x [rows, in] into `packed` [rows rounded up to 4, padded]; what is beyond is zero.
-  static void pack(const float* x, int64_t rows, int64_t in, typename D::Packed* packed) {
+  void pack(const float* from, Rows from_rows) {
+    padded = (in + D::kStep - 1) / D::kStep * D::kStep;
+    x.resize((rows + 3) / 4 * 4 * padded);
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t k = 0; k < in; k += D::kStep) {
         float step[D::kStep] = {};
-        std::memcpy(step, x + row * in + k, std::min<int64_t>(D::kStep, in - k) * sizeof(float));
-        D::pack(step, packed + row * pad(in) + k);
+        std::memcpy(step, from + from_rows.at(row) * in + k, std::min<int64_t>(D::kStep, in - k) * sizeof(float));
+        D::pack(step, x.data() + row * padded + k);
       }
     }
-    std::fill(packed + rows * pad(in), packed + (rows + 3) / 4 * 4 * pad(in), 0);
+  }
+
+  // The last step of a row of w, zeros beyond it.
+  void last_step(const W* from, int64_t count, W* to) const {
+    if (from + D::kStep > w + out * in) {
+      std::memcpy(to, from, count * sizeof(W));
+      return;
+    }
+    // Read into the next row and cut off: a copy of any number of bytes would take longer than the step.
+    typedef uint8_t Bytes __attribute__((vector_size(D::kStep * sizeof(W))));
+    store(to, load<Bytes>(from) & load<Bytes>(kOnesThenZeros.data() + 64 - count * sizeof(W)));
   }
 
   // L sums: X rows of x, from `row` on, by L / X rows of w, from `first` on.
@@ -104,7 +130,7 @@ struct Product {
     const W* ws[R];
     // Beyond the last row of w the last one again: it is computed and not stored.
     for (int r = 0; r < R; ++r) ws[r] = w + std::min(first + r, out - 1) * in;
-    const typename D::Packed* xs = x + row * padded;
+    const typename D::Packed* xs = x.data() + row * padded;
     F sums[L] = {};
     int64_t k = 0;
     for (; k + D::kStep <= in; k += D::kStep) {
@@ -123,8 +149,8 @@ struct Product {
     }
     if (k < in) {
       for (int r = 0; r < R; ++r) {
-        W rest[D::kStep] = {};  // nothing is read beyond the row
-        std::memcpy(rest, ws[r] + k, (in - k) * sizeof(W));
+        W rest[D::kStep] = {};
+        last_step(ws[r] + k, in - k, rest);
         const typename D::Operand wk = D::weight(rest);
         for (int i = 0; i < X; ++i) sums[i * R + r] = D::add(sums[i * R + r], wk, D::row(xs + i * padded + k));
       }
@@ -132,8 +158,11 @@ struct Product {
     const F folded = fold(sums);
     const int64_t count = std::min<int64_t>(R, out - first);
     for (int i = 0; i < X && row + i < rows; ++i) {
-      float* to = y + (row + i) * out + first;
-      for (int r = 0; r < count; ++r) to[r] = scale ? folded[i * R + r] * scale[first + r] : folded[i * R + r];
+      float* to = y + out_rows.at(row + i) * out + first;
+      for (int r = 0; r < count; ++r) {
+        const float sum = scale ? folded[i * R + r] * scale[first + r] : folded[i * R + r];
+        to[r] = adds ? to[r] + sum : sum;
+      }
     }
   }
 
