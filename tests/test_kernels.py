@@ -208,7 +208,7 @@ def tiny_drafter(cfg, dtype):
     return jax.tree.map(lambda a: a.astype(dtype), DraftAdapter(unstack(layers), embed))
 
 
-@pytest.mark.parametrize("family, dtype", zip(MODELS, (*DTYPES, "bfloat16"), strict=True))
+@pytest.mark.parametrize("family, dtype", [*zip(MODELS, (*DTYPES, "bfloat16"), strict=True)])
 def test_an_adapter_leaves_the_bits_of_all_but_noise(family, dtype, monkeypatch):
     cfg, params = tiny_model(family, dtype)
     drafter = tiny_drafter(cfg, params.embed.dtype)
