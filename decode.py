@@ -208,7 +208,7 @@ def compare(lm, rows: list[Row], config: DecodeConfig, write) -> tuple[list, lis
                     results[i].append(done[i])
                 bar.update(len(done[1]) if len(results[0]) <= batches else 0)
     if batches == 1:
-        results = tuple([min(twice, key=lambda batch: batch[0].seconds)] for twice in results)
+        results = tuple([min(twice, key=lambda batch: sum(r.seconds for r in batch))] for twice in results)
     plain, fast = ([r for batch in batches for r in batch] for batches in results)
     for result in fast:
         write(dataclasses.asdict(result))

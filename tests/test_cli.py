@@ -203,7 +203,7 @@ def test_the_program_exits_with_one_line(args, named):
 def test_a_run_that_breaks_keeps_its_rows(run, tmp_path, monkeypatch):
     from msn_jax.decode import generate
 
-    whole, calls = generate._generate_batch, []
+    whole, calls = generate.result_of, []
 
     def breaks(*args):
         calls.append(1)
@@ -211,7 +211,7 @@ def test_a_run_that_breaks_keeps_its_rows(run, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return whole(*args)
 
-    monkeypatch.setattr(generate, "_generate_batch", breaks)
+    monkeypatch.setattr(generate, "result_of", breaks)
     path = write_rows(tmp_path / "in.jsonl", [{"prompt": "one"}, {"prompt": "two"}])
     with pytest.raises(KeyboardInterrupt):
         run("--prompts", path, "--out", tmp_path / "out.jsonl", "--max_new_tokens", 4)

@@ -1,5 +1,7 @@
 """The loop with a real model: torch's tokens, methods that agree, what is timed."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from conftest import GOLDENS
@@ -43,7 +45,7 @@ def test_every_tree_has_run_before_the_clock_starts(shallow, monkeypatch, batch)
         return state, progress
 
     monkeypatch.setattr(loop, "run", counted)
-    monkeypatch.setattr("msn_jax.decode.generate._warm", set())
+    shallow = dataclasses.replace(shallow)  # of which no program has run yet
     trees = TREE_SETS["adaptive"]
     for max_new_tokens, warmed in ((3, len(trees.trees)), (2, 0)):  # a program is run for this once
         passes.clear()
@@ -53,8 +55,8 @@ def test_every_tree_has_run_before_the_clock_starts(shallow, monkeypatch, batch)
         assert passes[:warmed] == [[int(a == b) for a in range(warmed)] for b in range(warmed)]
 
 
-def test_the_shortest_prompt_may_fill_its_slots(shallow, monkeypatch):
-    monkeypatch.setattr("msn_jax.decode.generate._warm", set())  # what runs before the clock must fit them too
+def test_the_shortest_prompt_may_fill_its_slots(shallow):
+    shallow = dataclasses.replace(shallow)  # what runs before the clock must fit them too
     settings = dict(tree="adaptive", max_new_tokens=247)  # 1 + 247 + 8 that a pass may write: the smallest bucket
     (plain,) = generate(shallow, [[3]], method="ar", max_new_tokens=247)
     (drafted,) = generate(shallow, [[3]], method="tr-jacobi", **settings)

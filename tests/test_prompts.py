@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import msn_jax
 from msn_jax import DecodeConfig, InputError, generate, load, make_mesh, stream
-from msn_jax.decode import generate as engine
+from msn_jax.decode.engine import Engine
 from msn_jax.decode.prompts import read_prompts
 from msn_jax.io import loading
 
@@ -54,7 +54,7 @@ SAID = [{"role": "user", "content": "hi"}]
     ],
 )
 def test_a_call_that_cannot_be_honoured_is_refused(tiny_lm, prompts, settings, named, monkeypatch):
-    monkeypatch.setattr(engine, "_generate_batch", lambda *_: pytest.fail("some work was done"))
+    monkeypatch.setattr(Engine, "step", lambda *_: pytest.fail("some work was done"))
     with pytest.raises(InputError, match=named) as e:
         generate(tiny_lm, prompts, **settings)
     assert "\n" not in str(e.value)

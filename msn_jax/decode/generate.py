@@ -1,11 +1,8 @@
-"""Prompts in, results out: batches, cache buckets, timing and streaming around the compiled loop."""
+"""Whole prompts in, results out: the public functions around an engine."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import logging
-import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Never
@@ -16,48 +13,15 @@ import numpy as np
 
 from msn_jax.config import DecodeConfig
 from msn_jax.decode import loop
+from msn_jax.decode.engine import UNTIL_DONE, Engine, Request, Result, check_length, result_of
 from msn_jax.decode.prompts import encode, shown
-from msn_jax.decode.tree import TreeSet
-from msn_jax.decode.tree_sets import tree_set
 from msn_jax.decode.verify import near_tie
 from msn_jax.errors import InputError
 from msn_jax.io.loading import LM
 from msn_jax.io.tokenizer import TextStream
-from msn_jax.io.tokenizer import decode as to_text
 from msn_jax.model import forward, unembed
 
-logger = logging.getLogger("msn_jax")
-
-# Tokens of one prefill pass. On CPU 64 already run at the speed of the matrix products.
-PREFILL_CHUNK = {"cpu": 64}
-ACCELERATOR_CHUNK = 512
 STREAM_CYCLES = 4  # passes between two looks at a streamed text
-_warm: set = set()  # programs that have run once in this process
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Result:
-    """What became of one prompt. The fields of a row of decode.py --out."""
-
-    id: Any
-    prompt_tokens: int
-    tokens: list[int]  # generated ids, the stop token included
-    text: str  # of the tokens, as it stands behind the prompt; without special tokens
-    finish_reason: str  # "stop" or "length"
-    forwards: int  # model passes after prefill
-    accepted: list[int]  # tokens that each pass emitted
-    seconds: float  # generation without compilation; of a batch, its time over its size
-    prefill_seconds: float
-    method: str
-
-    @property
-    def mat(self) -> float:
-        """Mean accepted tokens: tokens a pass."""
-        return len(self.tokens) / self.forwards
-
-    @property
-    def tokens_per_s(self) -> float:
-        return len(self.tokens) / self.seconds
 
 
 def _refuse_unknown(settings: Mapping[str, Any]) -> None:
@@ -121,7 +85,7 @@ class Stream:
         ids = encode(lm, prompt)
         _check_lengths(lm, [ids], decode)
         self._text = TextStream(lm.tokenizer, after=ids)
-        self._cycles = _one_streamed(lm, ids, decode, _trees(lm, decode))
+        self._cycles = _one_streamed(_engine(lm, decode, 1, STREAM_CYCLES), Request(ids, decode))
         self.text = ""  # so far
 
     def __iter__(self) -> Iterator[str]:
@@ -177,150 +141,52 @@ def generate_batches(
     *,
     ids: Sequence | None = None,
 ) -> Iterator[list[Result]]:
-    """Results batch by batch, in input order."""
+    """Results in input order, `decode.batch_size` at a time.
+
+    A row whose reply is done takes the next prompt at once, so that a batch may be ready with the one before it.
+    """
     _check_lengths(lm, prompts, decode)
-    trees = _trees(lm, decode)
-    ids = list(range(len(prompts))) if ids is None else ids
     size = min(decode.batch_size, len(prompts))
-    # The checks above are for the call, not for the first result.
-    return (
-        _generate_batch(lm, prompts[at : at + size], ids[at : at + size], at, size, decode, trees)
-        for at in range(0, len(prompts), max(size, 1))
-    )
+    engine = _engine(lm, decode, size)  # the checks are for the call, not for the first result
+    numbered = zip(prompts, range(len(prompts)) if ids is None else ids, strict=True)
+    requests = [Request(prompt, decode, number, id_) for number, (prompt, id_) in enumerate(numbered)]
+    return _in_order(engine, requests, size)
 
 
 def _check_lengths(lm: LM, prompts: Sequence[list[int]], decode: DecodeConfig) -> None:
-    for i, prompt in enumerate(prompts):
-        if len(prompt) + decode.max_new_tokens > lm.cfg.max_position:
-            raise InputError(
-                f"prompt {i + 1} has {len(prompt)} tokens, with {decode.max_new_tokens} new ones "
-                f"{len(prompt) + decode.max_new_tokens}; the model's context is {lm.cfg.max_position}"
-            )
+    for number, prompt in enumerate(prompts, 1):
+        check_length(lm, prompt, decode.max_new_tokens, f"prompt {number}")
 
 
-def _trees(lm: LM, decode: DecodeConfig) -> TreeSet:
-    trees = tree_set(decode.method, decode.tree, lm.backend, lm.drafter is not None, decode.batch_size)
-    depths = max(int(tree.noise_depth.max()) for tree in trees.trees)
-    if lm.drafter is not None and depths > len(lm.drafter.noise_embed):
-        raise InputError(
-            f"tree {trees.name!r} has {depths} noise tokens in a row; "
-            f"accepted by this adapter: up to {len(lm.drafter.noise_embed)}"
-        )
-    return trees
+def _engine(lm: LM, decode: DecodeConfig, rows: int, cycles: int = UNTIL_DONE) -> Engine:
+    return Engine(lm, method=decode.method, tree=decode.tree, batch_size=decode.batch_size, rows=rows, cycles=cycles)
 
 
-@dataclasses.dataclass
-class _Ready:
-    """Prompts that are read into the cache, and the compiled loop that goes on from there."""
-
-    lm: LM
-    trees: TreeSet
-    state: loop.DecodeState
-    prefill_seconds: float
-
-    def run(self, cycles: int) -> loop.Progress:
-        """Take up to so many cycles. Returns at once, while the device works."""
-        self.state, progress = _run(self.lm, self.trees, self.state, cycles)
-        return progress
-
-
-def _run(lm: LM, trees: TreeSet, state: loop.DecodeState, cycles: int) -> tuple[loop.DecodeState, loop.Progress]:
-    with _on_mesh(lm):
-        return loop.run(lm.params, state, cycles, lm.drafter, cfg=lm.cfg, trees=trees)
+def _in_order(engine: Engine, requests: list[Request], size: int) -> Iterator[list[Result]]:
+    """Results in input order, `size` at a time; nothing runs on the device while their reader has them."""
+    if not requests:
+        return
+    with engine:
+        for request in requests:
+            engine.submit(request)
+        for at in range(0, len(requests), size):
+            batch = requests[at : at + size]
+            while not all(request.finished for request in batch):
+                engine.step()
+                engine.collect()
+            yield [result_of(engine.lm, request, engine.method) for request in batch]
 
 
-def _on_mesh(lm: LM):
-    """The context in which the model's arrays are spread as its weights are."""
-    return contextlib.nullcontext() if lm.mesh is None else jax.set_mesh(lm.mesh)
-
-
-def _prefilled(lm: LM, prompts: list, first: int, size: int, decode: DecodeConfig, trees: TreeSet) -> _Ready:
-    """Compile what is not compiled yet, and read the prompts."""
-    chunk = PREFILL_CHUNK.get(lm.backend, ACCELERATOR_CHUNK)
-    need = max(loop.slots_needed(len(p), decode.max_new_tokens, trees.width, chunk) for p in prompts)
-    slots = loop.bucket(need)
-    # A short last batch is filled with rows that are done from the start, so that it runs the same program.
-    fill = size - len(prompts)
-    new_state = partial(loop.init_state, lm.cfg, trees, slots=slots, dtype=lm.dtype, backend=lm.backend)
-
-    # Compile, and run once, what is timed below: XLA:CPU sets up the products of a program, and of each tree in it,
-    # when they first run (0.6 to 1 s for SmolLM2).
-    layout = tuple((x.shape, x.dtype, x.sharding) for x in jax.tree.leaves((lm.params, lm.drafter)))
-    program = (lm.cfg, size, slots, layout)
-    decoding = (program, trees, lm.memory is None)
-    with _on_mesh(lm):
-        if decoding not in _warm:
-            logger.info("compiling for %d x %d tokens", size, slots)
-            one_cycle = dataclasses.replace(decode, max_new_tokens=1)  # or it may need more slots than the prompts
-            for tree in range(len(trees.trees)):
-                nothing = jax.tree.map(jnp.zeros_like, lm.memory)
-                state = new_state([[0]] * size, one_cycle, lm.stop_ids, memory=nothing).replace(tree=jnp.int32(tree))
-                jax.block_until_ready(_run(lm, trees, state, 1))
-            _warm.add(decoding)
-        requests = list(range(first, first + size))
-        state = new_state([*prompts, *[[0]] * fill], decode, lm.stop_ids, requests=requests, memory=lm.memory)
-        state = state.replace(done=jnp.arange(size) >= len(prompts))
-        if (program, chunk) not in _warm and max(map(len, prompts)) > 1:
-            dtype = state.activations
-            cache = loop.prefill_chunk(lm.params, state.cache, state.tokens, 0, cfg=lm.cfg, chunk=chunk, dtype=dtype)
-            state = state.replace(cache=cache)
-            _warm.add((program, chunk))
-        jax.block_until_ready(state)
-        start = time.perf_counter()
-        state = jax.block_until_ready(loop.prefill(lm.params, state, cfg=lm.cfg, chunk=chunk))
-    return _Ready(lm, trees, state, time.perf_counter() - start)
-
-
-def _generate_batch(lm, prompts, ids, first, size, decode, trees) -> list[Result]:
-    ready = _prefilled(lm, prompts, first, size, decode, trees)
-    start = time.perf_counter()
-    ready.run(2**31 - 1)
-    jax.block_until_ready(ready.state)
-    return _results(ready, prompts, ids, decode, time.perf_counter() - start)
-
-
-def _one_streamed(
-    lm: LM, prompt: list[int], decode: DecodeConfig, trees: TreeSet
-) -> Generator[list[int], None, Result]:
+def _one_streamed(engine: Engine, request: Request) -> Generator[list[int], None, Result]:
     """The new ids of every few passes, while the next ones run; returns the result. Its reader's time counts too."""
-    ready = _prefilled(lm, [prompt], 0, 1, decode, trees)
-    sent, start = len(prompt), time.perf_counter()
-    progress = ready.run(STREAM_CYCLES)
-    while True:
-        following = ready.run(STREAM_CYCLES)
-        end = int(progress.last[0]) + 1
-        yield np.asarray(progress.tokens)[0, sent:end].tolist()
-        sent = end
-        if progress.done.all():
-            break
-        progress = following
-    jax.block_until_ready(ready.state)
-    return _results(ready, [prompt], [0], decode, time.perf_counter() - start)[0]
-
-
-def _results(ready: _Ready, prompts: list, ids: Sequence, decode: DecodeConfig, seconds: float) -> list[Result]:
-    memory = ready.lm.memory or {}
-    for name in memory.keys() & ready.state.drafts.keys():  # what was there has been given away
-        memory[name] = ready.state.drafts[name]
-    host = jax.device_get(ready.state.replace(cache=ready.state.cache.length, drafts=None))
-    results = []
-    for row, (prompt, id_) in enumerate(zip(prompts, ids, strict=True)):
-        tokens = host.tokens[row, len(prompt) : host.cache[row] + 1].tolist()
-        results.append(
-            Result(
-                id=id_,
-                prompt_tokens=len(prompt),
-                tokens=tokens,
-                text=to_text(ready.lm.tokenizer, tokens, after=prompt),
-                finish_reason="stop" if host.stopped[row] else "length",
-                forwards=int(host.forwards[row]),
-                accepted=host.accepted[row, : host.forwards[row]].tolist(),
-                seconds=seconds / len(prompts),
-                prefill_seconds=ready.prefill_seconds / len(prompts),
-                method=decode.method,
-            )
-        )
-    return results
+    sent = 0
+    with engine:
+        engine.submit(request)
+        while not request.finished:
+            engine.step()
+            yield request.tokens[sent:]
+            sent = len(request.tokens)
+    return result_of(engine.lm, request, engine.method)
 
 
 def is_near_tie(lm: LM, ids: Sequence[int], decode: DecodeConfig, request: int = 0) -> bool:

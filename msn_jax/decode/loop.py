@@ -48,7 +48,7 @@ class DecodeState:
     tree: Array  # int32[]: the tree that every cycle runs; -1: each the best one
     request: Array  # int32[B]: index of the row among all prompts of the call
     stop_ids: Array  # int32[MAX_STOP_IDS], -1 unused
-    sampling: verify.Sampling
+    sampling: verify.Sampling  # of each row, [B]
     activations: jnp.dtype = struct.field(pytree_node=False)  # see activation_dtype
 
 
@@ -59,6 +59,9 @@ class Progress:
     tokens: Array  # int32[B, S]
     last: Array  # int32[B]: position of the newest token
     done: Array  # bool[B]
+    stopped: Array  # bool[B]
+    forwards: Array  # int32[B]
+    accepted: Array  # int32[B, S]
 
 
 @struct.dataclass
@@ -137,7 +140,7 @@ def init_state(
         tree=jnp.int32(-1),
         request=jnp.asarray(list(range(B)) if requests is None else requests, jnp.int32),
         stop_ids=jnp.asarray(stops),
-        sampling=sampling_of(decode),
+        sampling=jax.tree.map(lambda x: jnp.broadcast_to(x, (B,)), sampling_of(decode)),
         activations=activation_dtype(dtype, backend or jax.default_backend()),
     )
 
@@ -288,22 +291,35 @@ def run(
     state: DecodeState,
     cycles: Array,
     drafter: Drafter | None = None,
+    enough: Array | None = None,
     *,
     cfg: ModelConfig,
     trees: TreeSet,
 ) -> tuple[DecodeState, Progress]:
     """Cycles until every row is done, at most `cycles` of them (0 compiles and does nothing).
 
+    enough: int32[], it returns as soon as so many rows are done. It returns too where a row that is not done has no
+    slots left for another pass: then `seats.resize` gives it some.
     The state is donated. To stream, call it with a few cycles at a time and print the progress of one chunk
     while the next one runs.
     """
+    rows, slots = state.tokens.shape
+    enough = rows if enough is None else enough
 
     def unfinished(carry):
         cycle, state = carry
-        return (cycle < cycles) & ~state.done.all()
+        room = state.done | (state.cache.length + trees.width < slots)
+        return (cycle < cycles) & (state.done.sum() < enough) & room.all()
 
     def cycle(carry):
         return carry[0] + 1, step(params, carry[1], drafter, cfg=cfg, trees=trees)
 
     _, state = jax.lax.while_loop(unfinished, cycle, (jnp.int32(0), state))
-    return state, Progress(tokens=state.tokens, last=state.cache.length, done=state.done)
+    return state, Progress(
+        tokens=state.tokens,
+        last=state.cache.length,
+        done=state.done,
+        stopped=state.stopped,
+        forwards=state.forwards,
+        accepted=state.accepted,
+    )

@@ -38,7 +38,7 @@ class Text:
     tokens: Array  # int32[B, S]
     last: Array  # int32[B]
     request: Array  # int32[B]
-    seed: Array  # uint32[]
+    seed: Array  # uint32[] or [B]
 
     @property
     def root(self) -> Array:
@@ -47,10 +47,12 @@ class Text:
 
     def key(self) -> Array:
         """A key for each row [B], a function of the seed, the request and the position of the root alone."""
-        stream = jax.random.fold_in(jax.random.key(self.seed), DRAFT_STREAM)
-        return jax.vmap(lambda request, last: jax.random.fold_in(jax.random.fold_in(stream, request), last))(
-            self.request, self.last
-        )
+
+        def of_row(seed, request, last):
+            stream = jax.random.fold_in(jax.random.key(seed), DRAFT_STREAM)
+            return jax.random.fold_in(jax.random.fold_in(stream, request), last)
+
+        return jax.vmap(of_row)(jnp.broadcast_to(self.seed, self.request.shape), self.request, self.last)
 
 
 @struct.dataclass

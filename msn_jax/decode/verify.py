@@ -14,16 +14,24 @@ NEAR_TIE = 1e-3  # scores, or sums of probability, closer than this may fall eit
 
 @struct.dataclass
 class Sampling:
-    """How the next token is drawn from logits. All traced: changing them compiles nothing."""
+    """How the next token is drawn from logits. All traced: changing them compiles nothing.
 
-    temperature: Array  # float32[]; 0 is greedy
-    top_k: Array  # int32[]; 0 keeps all
-    top_p: Array  # float32[]; 1 keeps all
-    seed: Array  # uint32[]
+    One value for all rows, [], or one for each, [B].
+    """
+
+    temperature: Array  # float32; 0 is greedy
+    top_k: Array  # int32; 0 keeps all
+    top_p: Array  # float32; 1 keeps all
+    seed: Array  # uint32
 
 
 def keep_top(logits: Array, top_k: Array, top_p: Array) -> Array:
-    """Logits [..., V] with those outside top-k, then outside top-p, at -inf. A tie at the boundary is kept."""
+    """Logits [..., V] with those outside top-k, then outside top-p, at -inf. A tie at the boundary is kept.
+
+    top_k, top_p: one for all rows, or one for each [...].
+    """
+    limited = ((top_k > 0) | (top_p < 1)).any()
+    top_k, top_p = (jnp.broadcast_to(x, logits.shape[:-1])[..., None] for x in (top_k, top_p))
 
     def cut(logits):
         ordered = -jnp.sort(-logits, axis=-1)
@@ -36,22 +44,25 @@ def keep_top(logits: Array, top_k: Array, top_p: Array) -> Array:
         lowest = jnp.where(kept, ordered, jnp.inf).min(axis=-1, keepdims=True)
         return jnp.where(logits >= lowest, logits, -jnp.inf)
 
-    return jax.lax.cond((top_k > 0) | (top_p < 1), cut, lambda logits: logits, logits)
+    return jax.lax.cond(limited, cut, lambda logits: logits, logits)
 
 
 def sampling_scores(logits: Array, position: Array, request: Array, sampling: Sampling) -> Array:
     """Scores [B, V] whose argmax is the sampled token at `position` [B] of `request` [B].
 
     logits / T plus Gumbel noise after top-k and top-p (the Gumbel-max trick). The noise is a function of the
-    seed, the request and the absolute position alone, so every method draws the same token there.
+    seed, the request and the absolute position alone, so every method draws the same token there. At T = 0 they are
+    the logits.
     """
 
-    def noise(request, position):
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(sampling.seed), request), position)
+    def noise(seed, request, position):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), request), position)
         return jax.random.gumbel(key, logits.shape[-1:], jnp.float32)
 
-    scaled = keep_top(logits / sampling.temperature, sampling.top_k, sampling.top_p)
-    return scaled + jax.vmap(noise)(request, position)
+    temperature, seed = (jnp.broadcast_to(x, request.shape) for x in (sampling.temperature, sampling.seed))
+    greedy = (temperature == 0)[:, None]
+    scaled = keep_top(logits / jnp.where(greedy, 1, temperature[:, None]), sampling.top_k, sampling.top_p)
+    return jnp.where(greedy, logits, scaled + jax.vmap(noise)(seed, request, position))
 
 
 def near_tie(logits: Array, position: Array, request: Array, sampling: Sampling) -> Array:
@@ -115,7 +126,7 @@ def targets(
         start = jnp.int32(0), root, jnp.full(tokens.shape, -1, jnp.int32)
         return jax.lax.while_loop(lambda carry: carry[1].any(), draw, start)[2]
 
-    return jax.lax.cond(sampling.temperature > 0, sampled, lambda: greedy)
+    return jax.lax.cond((sampling.temperature > 0).any(), sampled, lambda: greedy)
 
 
 def accept(tree: TreeSpec, tokens: Array, valid: Array, targets: Array) -> tuple[Array, Array, Array]:

@@ -54,7 +54,8 @@ class LM:
     stop_ids: tuple[int, ...]  # every id that ends a reply
     drafter: DraftAdapter | None = None  # predicts at noise positions; replies are those of `params` alone
     mesh: Mesh | None = None  # that the weights are spread over; None: they lie on one device
-    memory: dict[str, jax.Array] | None = None  # of sources of drafts, by name, kept from batch to batch
+    memory: dict[str, jax.Array] | None = None  # of sources of drafts, by name, kept from call to call
+    ran: set = dataclasses.field(default_factory=set, init=False, compare=False)  # programs that have run once, warm
 
     def __repr__(self) -> str:
         count = sum(p.size for p in jax.tree.leaves(self.params))
