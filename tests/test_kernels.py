@@ -212,7 +212,7 @@ def tiny_drafter(cfg, dtype):
 def test_an_adapter_leaves_the_bits_of_all_but_noise(family, dtype, monkeypatch):
     cfg, params = tiny_model(family, dtype)
     drafter = tiny_drafter(cfg, params.embed.dtype)
-    tree = tree_set("tr-jacobi", "draft13").trees[0]
+    tree = tree_set("tr-jacobi", draft_only=True).trees[0]
     tokens = jax.random.randint(jax.random.key(0), (2, tree.size), 0, cfg.vocab_size)
 
     def hidden(**added):
@@ -249,14 +249,14 @@ def test_every_method_gives_the_tokens_of_ar(dtype):
     prompts = [[1, 2, 3, 4, 2, 3], [5, 6, 7], [9], [8, 8, 8, 8]]
     for settings in ({}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9}):
         settings |= {"max_new_tokens": 40, "dtype": params.embed.dtype}
-        decode = lambda method, rows, name=None, drafter=None, given=settings: decode_all(
-            params, cfg, tree_set(method, name), rows, drafter=drafter, **given
+        decode = lambda method, rows, drafter=None, given=settings: decode_all(
+            params, cfg, tree_set(method, draft_only=drafter is not None), rows, drafter=drafter, **given
         )[1]
         plain = decode("ar", prompts)
         for method in ("tr-jacobi", "lookup"):
             assert decode(method, prompts) == plain
             assert decode(method, prompts[:1]) == plain[:1]
-        assert decode("tr-jacobi", prompts, drafter=tiny_drafter(cfg, params.embed.dtype), name="draft8") == plain
+        assert decode("tr-jacobi", prompts, drafter=tiny_drafter(cfg, params.embed.dtype)) == plain
 
 
 def test_gradients_and_maps_are_those_of_xla(tiny, monkeypatch):

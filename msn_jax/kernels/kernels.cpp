@@ -12,6 +12,7 @@
 
 namespace ffi = xla::ffi;
 using namespace msn_jax;
+using Any = ffi::AnyBuffer;
 
 // part(0) to part(count - 1), on the caller and on XLA's threads, whoever is free taking the next one.
 static ffi::Future run_parts(ffi::ThreadPool& pool, int64_t count, std::function<void(int64_t)> part) {
@@ -54,13 +55,13 @@ static ffi::Future wrong(const std::string& what) {
 
 using Shape = std::vector<int64_t>;
 
-static bool is(const ffi::AnyBuffer& buffer, ffi::DataType type, const Shape& shape) {
+static bool is(const Any& buffer, ffi::DataType type, const Shape& shape) {
   const auto dims = buffer.dimensions();
   return buffer.element_type() == type && std::equal(dims.begin(), dims.end(), shape.begin(), shape.end());
 }
 
 template <class T>
-static T* data(const ffi::AnyBuffer& buffer) {
+static T* data(const Any& buffer) {
   return static_cast<T*>(buffer.untyped_data());
 }
 
@@ -100,9 +101,8 @@ static ffi::Future product_of(ffi::ThreadPool& pool, Product<W> p, const float* 
   });
 }
 
-static ffi::Future product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, ffi::AnyBuffer scale,
-                           ffi::AnyBuffer a, ffi::AnyBuffer b, ffi::Result<ffi::AnyBuffer> y, float low_rank_scale,
-                           int64_t last, int64_t tokens) {
+static ffi::Future product(ffi::ThreadPool pool, Any x, Any w, Any scale, Any a, Any b, ffi::Result<Any> y,
+                           float low_rank_scale, int64_t last, int64_t tokens) {
   if (x.dimensions().size() != 2 || w.dimensions().size() != 2) return wrong("product: x and w have two axes");
   if (a.dimensions().size() != 2) return wrong("product: a has two axes");
   const int64_t rows = x.dimensions()[0], in = x.dimensions()[1], out = w.dimensions()[0], rank = a.dimensions()[0];
@@ -133,9 +133,8 @@ static ffi::Future attention_of(ffi::ThreadPool& pool, const Attention<T>& a) {
   return run_parts(pool, a.tokens ? a.parts() : 0, [a](int64_t i) { a.run(i); });
 }
 
-static ffi::Future attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                             ffi::AnyBuffer mask, ffi::AnyBuffer past_k, ffi::AnyBuffer past_v, ffi::AnyBuffer length,
-                             ffi::AnyBuffer oldest, ffi::Result<ffi::AnyBuffer> y) {
+static ffi::Future attention(ffi::ThreadPool pool, Any q, Any k, Any v, Any mask, Any past_k, Any past_v, Any length,
+                             Any oldest, ffi::Result<Any> y) {
   if (q.dimensions().size() != 5) return wrong("attention: q has the axes [B, T, K, G, H]");
   if (past_k.dimensions().size() != 4) return wrong("attention: the cache has the axes [B, K, S, H]");
   if (mask.dimensions().size() != 3) return wrong("attention: the mask has the axes [1 or B, T, T]");
@@ -189,8 +188,7 @@ static void norm_rows(const float* x, const W* scale, const W* bias, float* y, i
   }
 }
 
-static ffi::Error norm(ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> y,
-                       float eps) {
+static ffi::Error norm(Any x, Any scale, Any bias, ffi::Result<Any> y, float eps) {
   auto wrong = [](const char* what) { return ffi::Error::InvalidArgument(what); };
   if (x.dimensions().size() != 2 || scale.dimensions().size() != 2) return wrong("norm: x and scale have two axes");
   const int64_t rows = x.dimensions()[0], D = x.dimensions()[1], M = scale.dimensions()[0];
@@ -211,8 +209,7 @@ static ffi::Error norm(ffi::AnyBuffer x, ffi::AnyBuffer scale, ffi::AnyBuffer bi
 
 // ---- rope angles: one call of the C library for each number, whatever the number of positions
 
-static ffi::Error angles(ffi::AnyBuffer positions, ffi::AnyBuffer frequencies, ffi::Result<ffi::AnyBuffer> cos,
-                         ffi::Result<ffi::AnyBuffer> sin) {
+static ffi::Error angles(Any positions, Any frequencies, ffi::Result<Any> cos, ffi::Result<Any> sin) {
   const int64_t n = positions.element_count(), half = frequencies.element_count();
   if (!is(positions, ffi::S32, {n}) || !is(frequencies, ffi::F32, {half}) || !is(*cos, ffi::F32, {n, half}) ||
       !is(*sin, ffi::F32, {n, half}))
@@ -227,7 +224,7 @@ static ffi::Error angles(ffi::AnyBuffer positions, ffi::AnyBuffer frequencies, f
 
 // ---- best: where the largest number of each row stands first
 
-static ffi::Future best(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi::AnyBuffer> y) {
+static ffi::Future best(ffi::ThreadPool pool, Any x, ffi::Result<Any> y) {
   if (x.dimensions().size() != 2) return wrong("best: x is [n, V]");
   const int64_t n = x.dimensions()[0], V = x.dimensions()[1];
   if (V < 1 || !is(x, ffi::F32, {n, V}) || !is(*y, ffi::S32, {n})) return wrong("best: float32 [n, V] gives int32 [n]");
@@ -249,45 +246,20 @@ static ffi::Future best(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Result<ffi:
 }
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
-using Any = ffi::AnyBuffer;
+#define CALL(name, ...)                                                            \
+  EXPORTED XLA_FFI_Error* msn_jax_##name(XLA_FFI_CallFrame* frame) {                \
+    static auto* handler = ffi::Ffi::Bind() __VA_ARGS__.To(name).release();         \
+    return handler->Call(frame);                                                    \
+  }
+#define POOL .Ctx<ffi::ThreadPool>()
+#define IN .Arg<Any>()
+#define OUT .Ret<Any>()
 
-EXPORTED XLA_FFI_Error* msn_jax_product(XLA_FFI_CallFrame* frame) {
-  static auto* handler = ffi::Ffi::Bind()
-                             .Ctx<ffi::ThreadPool>()
-                             .Arg<Any>().Arg<Any>().Arg<Any>().Arg<Any>().Arg<Any>()
-                             .Ret<Any>()
-                             .Attr<float>("low_rank_scale").Attr<int64_t>("last").Attr<int64_t>("tokens")
-                             .To(product)
-                             .release();
-  return handler->Call(frame);
-}
-
-EXPORTED XLA_FFI_Error* msn_jax_attention(XLA_FFI_CallFrame* frame) {
-  static auto* handler = ffi::Ffi::Bind()
-                             .Ctx<ffi::ThreadPool>()
-                             .Arg<Any>().Arg<Any>().Arg<Any>().Arg<Any>()
-                             .Arg<Any>().Arg<Any>().Arg<Any>().Arg<Any>()
-                             .Ret<Any>()
-                             .To(attention)
-                             .release();
-  return handler->Call(frame);
-}
-
-EXPORTED XLA_FFI_Error* msn_jax_norm(XLA_FFI_CallFrame* frame) {
-  static auto* handler =
-      ffi::Ffi::Bind().Arg<Any>().Arg<Any>().Arg<Any>().Ret<Any>().Attr<float>("eps").To(norm).release();
-  return handler->Call(frame);
-}
-
-EXPORTED XLA_FFI_Error* msn_jax_angles(XLA_FFI_CallFrame* frame) {
-  static auto* handler = ffi::Ffi::Bind().Arg<Any>().Arg<Any>().Ret<Any>().Ret<Any>().To(angles).release();
-  return handler->Call(frame);
-}
-
-EXPORTED XLA_FFI_Error* msn_jax_best(XLA_FFI_CallFrame* frame) {
-  static auto* handler = ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Any>().Ret<Any>().To(best).release();
-  return handler->Call(frame);
-}
+CALL(product, POOL IN IN IN IN IN OUT.Attr<float>("low_rank_scale").Attr<int64_t>("last").Attr<int64_t>("tokens"))
+CALL(attention, POOL IN IN IN IN IN IN IN IN OUT)
+CALL(norm, IN IN IN OUT.Attr<float>("eps"))
+CALL(angles, IN IN OUT OUT)
+CALL(best, POOL IN OUT)
 
 // The instruction set of this machine among those that the build knows; asked of the portable library.
 EXPORTED const char* msn_jax_machine() {
