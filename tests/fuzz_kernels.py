@@ -92,8 +92,10 @@ def sanitized(name: str, cases: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, "kernels.so")
         compile_library(name, library, SANITIZE)
-        preload = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
-        env = os.environ | {"LD_PRELOAD": preload.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
+        # The second too, or the sanitizer looks for what throws in it before Python has loaded it.
+        names = ("libasan.so", "libstdc++.so.6")
+        place = lambda n: subprocess.check_output(["g++", f"-print-file-name={n}"], text=True).strip()
+        env = os.environ | {"LD_PRELOAD": " ".join(map(place, names)), "ASAN_OPTIONS": "detect_leaks=0"}
         again = [sys.executable, __file__, "--cases", str(cases), "--names", name, "--library", str(library)]
         subprocess.run(again, env=env, check=True)
 
