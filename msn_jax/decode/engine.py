@@ -209,15 +209,15 @@ class Engine:
     def _end_cancelled(self) -> list[Request]:
         gone = [request for request in list(self._waiting) if request.cancelled]  # others may be submitted meanwhile
         for request in gone:
+            request.finish_reason = "cancelled"
             self._waiting.remove(request)
         for row, request in enumerate(self._rows):
             if request is not None and request.cancelled:
                 self._state = seats.end(self._state, np.int32(row))
                 self._read.pop(row, None)
+                request.finish_reason = "cancelled"
                 self._rows[row] = None
                 gone.append(request)
-        for request in gone:
-            request.finish_reason = "cancelled"
         return gone
 
     def _seat(self) -> None:

@@ -1,0 +1,153 @@
+"""The OpenAI protocol: what requests may say, and the objects that answer them."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+# What changes no token here, and so may be given.
+WITHOUT_EFFECT = (
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "parallel_tool_calls",
+)
+# What is accepted only as if it were not given.
+NEUTRAL = {
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "logit_bias": {},
+    "logprobs": False,
+    "top_logprobs": 0,
+    "tools": [],
+    "tool_choice": "none",
+    "response_format": {"type": "text"},
+    "modalities": ["text"],
+    "best_of": 1,
+    "echo": False,
+    "suffix": "",
+}
+
+
+class Refused(Exception):
+    """An error in the protocol's form."""
+
+    def __init__(self, status: int, message: str, kind: str = "invalid_request_error", param=None, code=None):
+        self.status = status
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+    include_usage: bool = False
+
+
+class Asked(BaseModel):
+    """What both kinds of requests may say. `top_k` is an extension."""
+
+    model_config = ConfigDict(extra="allow")
+    model: str
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
+    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    top_k: int | None = Field(None, ge=0, lt=2**31)
+    seed: int | None = None
+    n: int | None = Field(None, ge=1, le=128)
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self):
+        for name, value in (self.model_extra or {}).items():
+            if name in WITHOUT_EFFECT or (name in NEUTRAL and (value is None or value == NEUTRAL[name])):
+                continue
+            if name in NEUTRAL:
+                raise ValueError(f"{name} is not supported here")
+            raise ValueError(f"{name} is no parameter of this request")
+        if len(self.stops) > 16 or not all(self.stops):
+            raise ValueError("stop is up to 16 texts, none of them empty")
+        return self
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    def settings(self) -> dict[str, Any]:
+        """Fields of DecodeConfig. The protocol's own defaults: temperature 1, and without a seed each draw another."""
+        return {
+            "temperature": 1.0 if self.temperature is None else self.temperature,
+            "top_p": 1.0 if self.top_p is None else self.top_p,
+            "top_k": self.top_k or 0,
+            "seed": (int.from_bytes(os.urandom(4)) if self.seed is None else self.seed) % 2**32,
+        }
+
+
+class Part(BaseModel):
+    """A piece of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+    role: str
+    content: str | list[Part]
+
+    def plain(self) -> dict[str, str]:
+        """As chat templates take it."""
+        parts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
+        return {"role": self.role, "content": "\n".join(parts)}
+
+
+class ChatAsked(Asked):
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+
+
+class CompletionAsked(Asked):
+    prompt: str | list[int] | list[str] | list[list[int]]
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        several = isinstance(self.prompt, list) and not (self.prompt and isinstance(self.prompt[0], int))
+        return self.prompt if several else [self.prompt]
+
+
+class StopTexts:
+    """A growing text, cut before the first of some texts. What may be the beginning of one is held back."""
+
+    def __init__(self, stops: list[str]):
+        self.stops, self._held = stops, ""
+
+    def add(self, piece: str) -> tuple[str, bool]:
+        """What may be shown, and whether the text ends there."""
+        text, self._held = self._held + piece, ""
+        found = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
+        if found:
+            return text[: min(found)], True
+        begun = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        end = len(text) - max(begun, default=0)
+        self._held = text[end:]
+        return text[:end], False
+
+    def flush(self) -> str:
+        """What was held back, when nothing more comes."""
+        text, self._held = self._held, ""
+        return text
+
+
+def usage(prompt_tokens: int, tokens: int, passes: int | None) -> dict[str, Any]:
+    """passes: of the model, None where they are not known; tokens_per_pass is an extension."""
+    counted = {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": tokens,
+        "total_tokens": prompt_tokens + tokens,
+    }
+    return counted | ({"tokens_per_pass": round(tokens / passes, 3)} if passes else {})
