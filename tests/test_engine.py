@@ -131,6 +131,7 @@ def test_cancelled_requests_leave_and_change_nobody(stopping, alone):
             engine.submit(request)
         for turn in range(10_000):
             moved = engine.step()
+            assert len(moved) == len(set(moved))
             if turn == 1:
                 asked[1].cancelled = asked[7].cancelled = True  # one has a row, one waits
             if turn == 2:

@@ -154,7 +154,7 @@ class Engine:
         Returns the requests that have new tokens or are finished, while the device works.
         """
         with self._lock, self._on_mesh():
-            moved = [*self._collect(), *self._end_cancelled()]
+            moved = list(dict.fromkeys([*self._collect(), *self._end_cancelled()]))  # each once
             if not self._waiting and not any(self._rows):
                 self._release()
                 return moved
