@@ -121,7 +121,10 @@ class CompletionAsked(Asked):
 
 
 class StopTexts:
-    """A growing text, cut before the first of some texts. What may be the beginning of one is held back."""
+    """A growing text, cut before the stop text that is whole first; what may begin one is held back.
+
+    The cut does not depend on the pieces in which the text comes.
+    """
 
     def __init__(self, stops: list[str]):
         self.stops, self._held = stops, ""
@@ -129,9 +132,9 @@ class StopTexts:
     def add(self, piece: str) -> tuple[str, bool]:
         """What may be shown, and whether the text ends there."""
         text, self._held = self._held + piece, ""
-        found = [at for at in (text.find(stop) for stop in self.stops) if at >= 0]
+        found = [(text.index(stop) + len(stop), text.index(stop)) for stop in self.stops if stop in text]
         if found:
-            return text[: min(found)], True
+            return text[: min(found)[1]], True
         begun = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
         end = len(text) - max(begun, default=0)
         self._held = text[end:]
