@@ -54,7 +54,7 @@ the chips exchange. By tree (nodes): the ratio to one token.
 def plan(name: str) -> dict:
     if "@" in name:
         shape, topology = name.split("@")
-        command = ["decode.py", "--plan", "--ckpt", shape, "--topology", topology]
+        command = ["decode.py", "--plan", "--ckpt", shape, "--topology", topology, "--tree", "msn69"]
     else:
         command = ["train.py", "--config", name, "--plan"]
     done = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True)

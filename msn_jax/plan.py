@@ -158,18 +158,19 @@ def plan_decode(
     name = ckpt or "llama-3-8b"
     cfg = SHAPES[name] if name in SHAPES else read_config(name)
     mesh = make_mesh(tensor=len(devices), devices=devices)
-    trees, single = tree_set("tr-jacobi", tree, "tpu"), tree_set("ar", backend="tpu")
+    single = tree_set("ar")
     slots, chunk = loop.bucket(cfg.max_position), 512
     params = shaped(declare(cfg), mesh, dtype)
     weights, dtype = dtype, params.embed.dtype
     kv = sharding(("batch", "kv_heads", None, None), (1, cfg.kv_heads, slots, cfg.head_dim), mesh)
-    print(f"{name} in {weights}, {slots} cache slots, trees {trees.name}")
+    print(f"{name} in {weights}, {slots} cache slots")
     print(f"{topology}: {len(devices)} chips of {CHIPS[chip].memory / 2**30:.0f} GiB, tensor-sharded")
     heads = f"{'weights+cache':>14} {'temporaries':>12} {'of a chip':>9} {'estimate':>9} {'copies':>6}"
     print(f"{'program':<12} {'batch':>5} {heads}", flush=True)
     rows = {}
     with jax.set_mesh(mesh):
         for batch in batches:
+            trees = tree_set("tr-jacobi", tree, "tpu", batch=batch)
             state = decode_state(cfg, trees, mesh, batch, slots, dtype)
             scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding((), (), mesh))
             shape = kv.shard_shape((batch, cfg.kv_heads, slots, cfg.head_dim))
@@ -206,11 +207,8 @@ def plan_decode(
                 )
             ratio = rows[f"cycle x{batch}"]["estimated_s"] / rows[f"one token x{batch}"]["estimated_s"]
             rows[f"cycle x{batch}"]["ratio_to_one_token"] = ratio
-            nodes = trees.trees[-1].size
-            print(
-                f"batch {batch}: a cycle of {nodes} nodes costs {ratio:.2f} of one token by XLA's estimate",
-                flush=True,
-            )
+            tree_nodes = f"{trees.name} ({trees.trees[-1].size} nodes)"
+            print(f"batch {batch}: a cycle of {tree_nodes} costs {ratio:.2f} of one token by XLA's estimate", flush=True)
     run = {"model": name, "dtype": weights, "topology": topology, "chips": len(devices), "slots": slots}
     print(json.dumps({**run, "programs": rows}))
 
