@@ -208,7 +208,9 @@ def plan_decode(
             ratio = rows[f"cycle x{batch}"]["estimated_s"] / rows[f"one token x{batch}"]["estimated_s"]
             rows[f"cycle x{batch}"]["ratio_to_one_token"] = ratio
             tree_nodes = f"{trees.name} ({trees.trees[-1].size} nodes)"
-            print(f"batch {batch}: a cycle of {tree_nodes} costs {ratio:.2f} of one token by XLA's estimate", flush=True)
+            print(
+                f"batch {batch}: a cycle of {tree_nodes} costs {ratio:.2f} of one token by XLA's estimate", flush=True
+            )
     run = {"model": name, "dtype": weights, "topology": topology, "chips": len(devices), "slots": slots}
     print(json.dumps({**run, "programs": rows}))
 

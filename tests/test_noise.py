@@ -100,6 +100,7 @@ def test_ahead_noise_is_drawn_evenly_from_before_the_segment_in_the_same_example
     assert (np.delete(noisy, range(9, 14), axis=1) == np.delete(np.asarray(tokens[0]), range(9, 14))).all()
 
 
+@pytest.mark.slow
 def test_random_noise_covers_the_vocabulary():
     cfg = NoiseConfig(kind="random", vocab_size=7)
     response, segments = row("pppp" + "r" * 6)

@@ -84,6 +84,7 @@ def test_what_a_row_accepts_does_not_depend_on_its_neighbours(tiny, name):
         assert alone.accepted[0].tolist() == together.accepted[row].tolist()
 
 
+@pytest.mark.slow
 def test_the_tree_of_a_cycle_has_the_most_tokens_for_its_cost():
     small, wide = chain(1, RETRIEVAL), chain(7, RETRIEVAL)
     worth = lambda none, long: (none,) * 5 + (long,) * (LONGEST_MATCH - 4)
@@ -102,6 +103,7 @@ def test_the_tree_of_a_cycle_has_the_most_tokens_for_its_cost():
         TreeSet("bad", (small, wide), (0, 5), (worth(1, 2),), (1.0, 2.0))
 
 
+@pytest.mark.slow
 def test_a_node_takes_the_first_choice_that_no_sibling_took():
     parents = (-1, 0, 0, 0, 3, 3)
     tree = TreeSpec(
@@ -197,6 +199,7 @@ def recycle(logits_of, tree, table, text, count):
     return accepted
 
 
+@pytest.mark.slow
 def test_recycling_by_its_rule(tiny):
     cfg, params = tiny
     tree = branching("recycled", 0, {(): 4, (0,): 3, (1,): 1, (0, 0): 2, (0, 0, 1): 8}, kind=RECYCLING)
@@ -262,6 +265,7 @@ def test_the_loop_copies_neither_cache_nor_table(tiny, name, batch):
         assert f"[{','.join(map(str, shape))}]" in hlo and cache_copies(hlo, shape) == []
 
 
+@pytest.mark.slow
 def test_a_table_is_kept_in_a_file(tmp_path, shallow):
     path = tmp_path / "memory.npz"
     table = recycling.read_table(path, shallow.cfg.vocab_size)
@@ -281,6 +285,7 @@ def test_a_table_is_kept_in_a_file(tmp_path, shallow):
         recycling.read_table(path, 61)
 
 
+@pytest.mark.slow
 def test_the_sources_of_the_docs_draft(tiny):
     cfg, params = tiny
     code = re.findall(r"```python\n(.*?)```", (ROOT_DIR / "docs/drafts.md").read_text(), re.DOTALL)

@@ -23,6 +23,7 @@ def lm(tiny):
     )
 
 
+@pytest.mark.slow
 def test_a_tree_cut_from_the_survey_takes_as_many_tokens_as_was_seen(lm):
     cycles = tune.survey(lm, PROMPTS, 40, batch=2)
     assert cycles.right.any(axis=1).mean() > 0.1 and cycles.match.max() > 1
@@ -71,6 +72,7 @@ def test_a_cut_tree_keeps_second_choices_and_noise():
     assert tree.sources == ((ROOT, 0), (RETRIEVAL, 0), *second, (RECYCLING, 0), *[(NOISE, 0)] * 4)
 
 
+@pytest.mark.slow
 def test_tuned_sets_are_written_and_read_back(tmp_path, lm, monkeypatch):
     monkeypatch.setattr(tune, "costs", lambda lm, batch: {1: 1.0, 8: 1.0 + 0.1 * batch, 64: 9.0})
     said = []
@@ -90,6 +92,7 @@ def test_with_an_adapter_the_survey_asks_noise_too():
     assert not tune.survey_tree(0).kind(NOISE, JACOBI).any()
 
 
+@pytest.mark.slow
 def test_a_pass_is_timed(lm):
     assert tune.pass_seconds(lm, 4, 2, slots=256, cycles=2, rounds=1) > 0
 
