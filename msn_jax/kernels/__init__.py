@@ -64,7 +64,7 @@ def _choose(wanted: str) -> tuple[str | None, str]:
         accepted = ", ".join(("off", *there))
         raise InputError(f"{VARIABLE}={wanted}: not built, or not of this machine; accepted: {accepted}")
     if not there:
-        return None, "not built for this jax: pip install builds them where there is a C++ compiler"
+        return None, "not built for this jax: python -m msn_jax.kernels.build does it, with a C++ compiler"
     try:
         devices = jax.local_device_count("cpu")
     except RuntimeError:  # JAX_PLATFORMS names others
