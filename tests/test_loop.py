@@ -139,6 +139,7 @@ def test_finished_rows_stay_as_they_are(tiny):
     )
 
 
+@pytest.mark.slow
 def test_chunks_give_the_tokens_of_one_run(tiny, plain_greedy):
     cfg, params = tiny
     trees = tree_set("tr-jacobi")

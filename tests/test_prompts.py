@@ -74,6 +74,7 @@ def test_the_keywords_are_the_settings():
     assert stream.__kwdefaults__.keys() == defaults.keys() - {"batch_size"}
 
 
+@pytest.mark.slow
 def test_a_stream_is_the_answer_in_pieces(tiny_lm):
     settings = {"max_new_tokens": 20, "temperature": 0.8, "seed": 3}
     (whole,) = generate(tiny_lm, ["abqc"], **settings)
