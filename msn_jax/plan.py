@@ -108,7 +108,7 @@ def estimated_seconds(compiled: jax.stages.Compiled, chip: str) -> float:
     What is read ahead while others compute costs nothing more, and XLA reads weights ahead. Its `cost_analysis` does
     not serve: it counts what comes from fast memory as if it came from the slow one. A loop's body counts once.
     """
-    cycles = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', compiled.as_text())))
+    cycles = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', str(compiled.as_text()))))
     read = compiled.memory_analysis().argument_size_in_bytes
     return max(cycles / CHIPS[chip].clock, read / CHIPS[chip].bandwidth)
 
