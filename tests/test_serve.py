@@ -30,6 +30,7 @@ ROOT = Path(__file__).parent.parent
 SAID = [{"role": "user", "content": "abc"}]
 DRAWN = {"temperature": 0.8, "seed": 4}
 ASK = {"model": "tiny", "messages": SAID, "max_tokens": 24}
+LONG = ASK | {"max_tokens": 200, "seed": 8}  # a seed whose reply does not end before
 
 
 @contextlib.contextmanager
@@ -205,7 +206,7 @@ def test_a_client_that_goes_leaves_its_row(served, stream, monkeypatch):
     slowed(worker, 0.05, monkeypatch)
     seen, submit = [], worker.engine.submit
     monkeypatch.setattr(worker.engine, "submit", lambda request: seen.append(request) or submit(request))
-    long = ASK | {"max_tokens": 200, "stream": stream}
+    long = LONG | {"stream": stream}
     if stream:
         with client.chat.completions.create(**long) as chunks:
             next(iter(chunks))
@@ -220,7 +221,7 @@ def test_a_client_that_goes_leaves_its_row(served, stream, monkeypatch):
 def test_too_many_that_wait_are_refused(tiny_lm, monkeypatch):
     with running(tiny_lm, rows=1, most_waiting=1) as (client, worker):
         slowed(worker, 0.05, monkeypatch)
-        long = ASK | {"max_tokens": 200, "stream": True}
+        long = LONG | {"stream": True}
         first, second = (client.chat.completions.create(**long) for _ in range(2))
         with pytest.raises(openai.RateLimitError, match="too many requests wait"):
             client.chat.completions.create(**ASK)

@@ -67,14 +67,17 @@ class Worker(threading.Thread):
                 self._step()  # lets the cache go
 
     def _step(self) -> list[Request]:
+        with self._news:
+            asked = list(self._told)
         try:
             return self.engine.step()
         except Exception:  # of the device, such as its memory: those who wait are told, and the next ones may fit
             logger.exception("the engine failed; its requests are lost")
             with self._news:
-                self.engine.close()
-                lost = list(self._told)
-            for request in lost:
+                for request in self.engine.close():
+                    if request not in asked:  # it came meanwhile, and has had nothing yet
+                        self.engine.submit(request)
+            for request in asked:
                 self._tell(request, request.finish_reason or FAILED)
             return []
 
