@@ -43,10 +43,12 @@ def running(lm, rows=3, most_waiting=60, key="secret"):
     while not server.started and thread.is_alive():
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
-    with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0) as client:
-        yield client, worker
-    server.should_exit = True
-    thread.join()
+    try:
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0) as client:
+            yield client, worker
+    finally:  # a test that fails is not to keep the process alive
+        server.should_exit = True
+        thread.join()
     assert not worker.is_alive()
 
 
