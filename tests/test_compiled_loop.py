@@ -9,7 +9,7 @@ from conftest import decode_all
 from test_loop import PROMPTS
 
 from msn_jax import DecodeConfig
-from msn_jax.decode import TREE_SETS, TreeSet, init_state, loop, run
+from msn_jax.decode import TREE_SETS, TreeSet, init_state, loop, run, seats
 from msn_jax.decode.tree import EITHER, RETRIEVAL, chain
 from msn_jax.plan import cache_copies
 
@@ -57,14 +57,17 @@ def test_the_loop_copies_no_cache(tiny, name, dtype, batch):
 
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_prefill_copies_no_cache(tiny, dtype, batch):
+@pytest.mark.parametrize("of_one_row", [False, True])
+def test_prefill_copies_no_cache(tiny, of_one_row, dtype, batch):
     cfg, params = tiny
     params = jax.tree.map(lambda a: a.astype(dtype), params)
     state = init_state(
         cfg, TREE_SETS["root"], [[1, 2]] * batch, DecodeConfig(max_new_tokens=9), (), slots=256, dtype=dtype
     )
-    chunk = partial(loop.prefill_chunk, cfg=cfg, chunk=64, dtype=state.activations)
-    one = lambda i, cache: chunk(params, cache, state.tokens, 64 * i)
+    place = (jnp.int32(batch - 1),) if of_one_row else ()
+    chunk = seats.prefill_row if of_one_row else loop.prefill_chunk
+    chunk = partial(chunk, cfg=cfg, chunk=64, dtype=state.activations)
+    one = lambda i, cache: chunk(params, cache, state.tokens, *place, 64 * i)
     hlo = jax.jit(lambda cache: jax.lax.fori_loop(0, 3, one, cache)).lower(state.cache).compile().as_text()
     shape = (batch, cfg.kv_heads, 256, cfg.head_dim)
     assert f"[{','.join(map(str, shape))}]" in hlo and cache_copies(hlo, shape) == []
