@@ -173,12 +173,12 @@ def main() -> None:
                     whole, held, _ = placed[kind, arm.rows]
                 programs[arm.program] = compiling.submit(Programs, arm, args, frozen, whole, held)
 
-    def answer() -> None:
-        if args.replies:
-            for name in ("held", "own"):
-                talks = [row["messages"] for row in read_rows(DataSource(path=str(args.replies / f"{name}.jsonl")))]
-                data[name] = list(encoded(lm, talks, args.tokens))
-            return place("own")
+    def earlier_replies() -> None:
+        for name in ("held", "own"):
+            talks = [row["messages"] for row in read_rows(DataSource(path=str(args.replies / f"{name}.jsonl")))]
+            data[name] = list(encoded(lm, talks, args.tokens))
+
+    def new_replies() -> None:
         prompts = prompts_of(lm, conversations(args.prompts), args.tokens - args.max_new_tokens)
         config = DecodeConfig(method="ar", max_new_tokens=args.max_new_tokens, batch_size=args.answer_batch)
         heats = [float(t) for t in args.temperatures.split(",")]
@@ -189,6 +189,9 @@ def main() -> None:
             answered = list(own_examples(fast, asked, config, seconds, temperatures))
             data[name] = [example for _, example in answered]
             keep_rows(args.out / f"{name}.jsonl", [{"messages": talk} for talk, _ in answered])
+
+    def answer() -> None:
+        (earlier_replies if args.replies else new_replies)()
         place("own")
 
     if drafting:
