@@ -75,6 +75,7 @@ class Ask:
     depths: int
     ranks: int
     drafts: int  # the root included
+    probes: int  # ranks of its probes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +142,7 @@ class Source:
 
 
 def ask(trees: TreeSet, source: Source) -> Ask:
-    return Ask(*trees.ask(source.name), trees.drafts)
+    return Ask(*trees.ask(source.name), trees.drafts, trees.ask(source.probe)[1])
 
 
 def earlier_siblings(tree: TreeSpec) -> list[list[int]]:
@@ -184,12 +185,12 @@ def fill(tree: TreeSpec, sources: tuple[Source, ...], weights: dict, carry: dict
                     where = At(tree, nodes[at], np.array([wants[i][choice][1] for i in at]))
                     known = weights[source.name], carry[source.name], scratch[source.name]
                     found, scratch[source.name] = source.level(*known, where, tokens)
-                    offered = _spread(found, at, offered)
+                    offered = spread(found, at, offered)
             if most > 1:  # or they are compared below
                 repeats = (tokens[:, taken] == offered[:, :, None]) & (taken >= 0)[None]
                 offered = jnp.where(repeats.any(axis=2), -1, offered)
             drafts = jnp.where(drafts >= 0, drafts, offered)
-        tokens = _spread(drafts, nodes, tokens)
+        tokens = spread(drafts, nodes, tokens)
     if tree.twins:
         return tokens
     taken = _padded(siblings)
@@ -203,7 +204,7 @@ def _padded(lists: list[list[int]]) -> np.ndarray:
     return np.array([row + [-1] * (longest - len(row)) for row in lists], int).reshape(len(lists), longest)
 
 
-def _spread(values: Array, columns, into: Array) -> Array:
+def spread(values: Array, columns, into: Array) -> Array:
     """`into` [B, M] with values [B, n] at these columns; no scatter, which XLA:CPU runs one by one."""
     source = np.zeros(into.shape[1], int)
     source[columns] = np.arange(values.shape[1])

@@ -16,11 +16,13 @@ ROOT = "root"
 JACOBI = "jacobi"  # candidate `rank` of the prediction that the last pass made for d positions ahead
 RETRIEVAL = "retrieval"  # d-th token of the `rank`-th continuation found earlier in the text
 RECYCLING = "recycling"  # candidate `rank` of what the model last predicted after the parent's token
+LOOKAHEAD = "lookahead"  # d-th token of the `rank`-th n-gram that the pool holds for the root
 EITHER = "either"  # short for (RETRIEVAL, 0), else (JACOBI, rank)
 # Probes are never verified; a source reads their logits. They come after all drafts.
 NOISE = "noise"  # a token of the prefix: its logits are the next pass's jacobi predictions
-PROBES = (NOISE,)
-NAMES = (JACOBI, RETRIEVAL, RECYCLING)
+WINDOW = "window"  # of lookahead: column `rank`, level d - rank
+PROBES = (NOISE, WINDOW)
+NAMES = (JACOBI, RETRIEVAL, RECYCLING, LOOKAHEAD)
 LONGEST_MATCH = 16  # tokens of the text's end that retrieval compares
 
 Preference = tuple[tuple[str, int], ...]  # (source, rank), the best first
@@ -152,7 +154,7 @@ class TreeSpec:
                 kept[node] = len(new)
                 new.append((kept[parent], self.sources[node] if left == wants else left[0] if len(left) == 1 else left))
         parents, sources = zip(*new, strict=True)
-        return TreeSpec(self.name, parents, sources)
+        return TreeSpec(self.name, parents, sources, self.twins)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,7 +239,30 @@ def with_noise(tree: TreeSpec, noise: dict[int, int]) -> TreeSpec:
         for place in range(length):
             parents.append(len(parents) - 1 if place else node)
             sources.append((NOISE, 0))
-    return TreeSpec(tree.name, tuple(parents), tuple(sources))
+    return TreeSpec(tree.name, tuple(parents), tuple(sources), tree.twins)
+
+
+def guesses(name: str, grams: int, length: int, columns: int) -> TreeSpec:
+    """`grams` chains of `length` lookahead drafts, and the window of so many columns that finds them."""
+    parents, sources = [-1], [(ROOT, 0)]
+
+    def hang(parent: int, kind: str, rank: int) -> int:
+        parents.append(parent)
+        sources.append((kind, rank))
+        return len(parents) - 1
+
+    for rank in range(grams):
+        node = 0
+        for _ in range(length):
+            node = hang(node, LOOKAHEAD, rank)
+    top = [0]
+    for column in range(1, columns):
+        top.append(hang(top[-1], WINDOW, column))
+    for column, node in enumerate(top):
+        for _ in range(length - 1):
+            node = hang(node, WINDOW, column)
+    # Two n-grams may begin alike, and each is verified whole.
+    return TreeSpec(name, tuple(parents), tuple(sources), twins=True)
 
 
 def branching(

@@ -6,15 +6,18 @@ from msn_jax.decode import tree_file
 from msn_jax.decode.tree import (
     EITHER,
     JACOBI,
+    LOOKAHEAD,
     NOISE,
     PROBES,
     RECYCLING,
     RETRIEVAL,
     ROOT,
+    WINDOW,
     TreeSet,
     TreeSpec,
     branching,
     chain,
+    guesses,
     likely,
     with_noise,
 )
@@ -60,6 +63,8 @@ _TREES = (
     likely("recycle16", 15, _ODDS, RECYCLING),
     likely("recycle64", 63, _ODDS, RECYCLING),
     likely("recycle80", 79, _ODDS, RECYCLING),
+    guesses("lookahead15", 2, 3, 3),
+    guesses("lookahead56", 7, 4, 7),  # the published sizes
     likely("mix16", 8, _ODDS, RECYCLING, retrieval=7),
     likely("mix64", 48, _ODDS, RECYCLING, retrieval=15),
     # For a draft-only adapter where a pass of many nodes costs little: all sources, and noise under many ends.
@@ -82,15 +87,34 @@ _USES = {
     "jacobi": (JACOBI, NOISE),
     "lookup": (RETRIEVAL,),
     "recycling": (RECYCLING,),
+    "lookahead": (LOOKAHEAD, WINDOW),
     "ar": (),
 }
 METHODS = tuple(_USES)
 # The default trees: for passes whose cost rises with every row, rises late, hardly rises.
-_SMALL = {"tr-jacobi": "adaptive", "lookup": "adaptive", "jacobi": "chain4", "recycling": "recycle8"}
+_SMALL = {
+    "tr-jacobi": "adaptive",
+    "lookup": "adaptive",
+    "jacobi": "chain4",
+    "recycling": "recycle8",
+    "lookahead": "lookahead15",
+}
 _SMALL_DRAFT_ONLY = _SMALL | {"tr-jacobi": "draft", "jacobi": "ahead8"}
-_MIDDLE = {"tr-jacobi": "mix16", "lookup": "chain16", "jacobi": "small13", "recycling": "recycle16"}
+_MIDDLE = {
+    "tr-jacobi": "mix16",
+    "lookup": "chain16",
+    "jacobi": "small13",
+    "recycling": "recycle16",
+    "lookahead": "lookahead15",
+}
 _MIDDLE_DRAFT_ONLY = _MIDDLE | {"tr-jacobi": "ahead", "jacobi": "ahead16"}
-_LARGE = {"tr-jacobi": "mix64", "lookup": "chain16", "jacobi": "msn69", "recycling": "recycle64"}
+_LARGE = {
+    "tr-jacobi": "mix64",
+    "lookup": "chain16",
+    "jacobi": "msn69",
+    "recycling": "recycle64",
+    "lookahead": "lookahead56",
+}
 _LARGE_DRAFT_ONLY = _LARGE | {"tr-jacobi": "wide64", "jacobi": "ahead16"}
 
 
