@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
+from msn_jax import kernels
 from msn_jax.model_config import ModelConfig
 from msn_jax.params import ArraySpec
 from msn_jax.sharding import constrain
@@ -45,19 +46,24 @@ def write_cache(cache: KVCache, new: tuple[tuple[Array, Array], ...], length: Ar
     The slots must exist: an update that would pass the end is moved back by XLA, over earlier tokens.
     """
 
-    def write(old, kv):
+    def write(old, kv, length):
         if old.shape[0] == 1:
             return jax.lax.dynamic_update_slice(old, kv, (0, 0, length[0], 0))
         return jax.vmap(lambda o, n, at: jax.lax.dynamic_update_slice(o, n, (0, at, 0)))(old, kv, length)
 
-    def write_bits(old, kv):
+    def write_bits(old, kv, length):
         # XLA:CPU would widen a whole cache of bfloat16 for it, and round it again.
         bits = partial(jax.lax.bitcast_convert_type, new_dtype=jnp.uint16)
-        return jax.lax.bitcast_convert_type(write(bits(old), bits(kv)), jnp.bfloat16)
+        return jax.lax.bitcast_convert_type(write(bits(old), bits(kv), length), jnp.bfloat16)
+
+    def xla(old, kv, length):
+        # On a CPU it copies the whole of a cache in bfloat16, where the custom call writes what is new.
+        on_cpu = write_bits if old.dtype == jnp.bfloat16 else write
+        return jax.lax.platform_dependent(old, kv, length, cpu=on_cpu, default=write)
 
     def store(old, kv):
-        on_cpu = write_bits if old.dtype == jnp.bfloat16 else write
-        return jax.lax.platform_dependent(old, kv.astype(old.dtype), cpu=on_cpu, default=write)
+        rows = kv.shape[0] * kv.shape[2]
+        return kernels.on_cpu(rows, kernels.store_rows, xla, old, kv.astype(old.dtype), length)
 
     k, v = zip(*new, strict=True)
     return cache.replace(k=jax.tree.map(store, cache.k, k), v=jax.tree.map(store, cache.v, v))

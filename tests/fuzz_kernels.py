@@ -21,7 +21,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax
 import ml_dtypes
 import numpy as np
-from test_kernels import adapter_agrees, attention_case, bfloat16, numpy_attention, weights
+from test_kernels import adapter_agrees, attention_case, multiplied, numpy_attention, weights
 
 from msn_jax import kernels
 from msn_jax.kernels.build import compile_library
@@ -35,7 +35,7 @@ def product(rng, name):
     x = rng.normal(size=(rows, ins)).astype(np.float32)
     w, scale, exact = weights(rng, out, ins, dtype)
     y = np.asarray(kernels.product(name, x, w, scale))
-    rounded = (x if dtype == "float32" else bfloat16(x)).astype(np.float64)
+    rounded = multiplied(x, dtype)
     return np.abs(y - rounded @ exact.T) <= 3e-7 * ins**0.5 * (np.abs(rounded) @ np.abs(exact).T) + 1e-30
 
 
@@ -75,12 +75,23 @@ def best(rng, name):
     return np.asarray(kernels.best(name, logits)) == logits.argmax(1)
 
 
+def store(rng, name):
+    B, K, S, E, H = (int(n) for n in rng.integers(1, (4, 4, 90, 70, 70)))
+    dtype = ["float32", ml_dtypes.bfloat16][rng.integers(2)]
+    cache, rows = (rng.normal(size=(B, K, n, H)).astype(dtype) for n in (S + E, E))
+    at = rng.integers(0, S + 1, B).astype(np.int32)
+    want = cache.copy()
+    for b in range(B):
+        want[b, :, at[b] : at[b] + E] = rows[b]
+    return np.asarray(kernels.store_rows(name, cache, rows, at)) == want
+
+
 def run(name: str, cases: int) -> None:
     os.environ[kernels.VARIABLE] = name
     assert kernels.instruction_set() == name
     for seed in range(cases):
         rng = np.random.default_rng(seed)
-        kind = [product, adapter, attention, attention, norm, best][seed % 6]
+        kind = [product, adapter, attention, attention, norm, best, store][seed % 7]
         if not kind(rng, name).all():
             sys.exit(f"{name}: {kind.__name__} differs from NumPy at seed {seed}")
         if seed % 500 == 499:

@@ -36,6 +36,16 @@ def bfloat16(x):
     return x.astype(ml_dtypes.bfloat16)
 
 
+def multiplied(x, dtype):
+    """x float32 [rows, in] in float64, as the product rounds it beside weights of dtype."""
+    if dtype == "float32":
+        return x.astype(np.float64)
+    if dtype != "int8":
+        return bfloat16(x).astype(np.float64)
+    top = np.abs(x).max(1, keepdims=True)
+    return np.rint(x * (np.float32(8191) / top)) * (top / np.float32(8191)).astype(np.float64)
+
+
 def weights(rng, out, ins, dtype):
     """(w [out, ins], scale or None, what they stand for in float64)."""
     if dtype == "int8":
@@ -54,11 +64,24 @@ def test_product(name, dtype, forced):
         x = rng.normal(size=(rows, ins)).astype(np.float32)
         w, scale, exact = weights(rng, out, ins, dtype)
         y = np.asarray(kernels.product(name, x, w, scale))
-        rounded = x if dtype == "float32" else bfloat16(x)
-        bound = np.abs(rounded).astype(np.float64) @ np.abs(exact).T
-        assert (np.abs(y - rounded.astype(np.float64) @ exact.T) <= 3e-7 * ins**0.5 * bound + 1e-30).all()
+        rounded = multiplied(x, dtype)
+        bound = np.abs(rounded) @ np.abs(exact).T
+        assert (np.abs(y - rounded @ exact.T) <= 3e-7 * ins**0.5 * bound + 1e-30).all()
         alone = [np.asarray(kernels.product(name, x[i : i + 1], w, scale)) for i in (0, rows - 1)]
         assert (y[0] == alone[0][0]).all() and (y[-1] == alone[1][0]).all()
+
+
+@each_set
+def test_int8_of_no_numbers_of_none_and_of_the_largest_sums(name, forced):
+    x = np.zeros((4, 700), np.float32)
+    x[1, 699], x[2, 3], x[3] = np.nan, np.inf, 1e-38
+    w, ones = np.full((2, 700), 127, np.int8), np.ones(2, np.float32)
+    y = np.asarray(kernels.product(name, x, w, ones))
+    assert (y[[0, 3]] == 0).all() and np.isnan(y[1:3]).all()
+    x, w = np.ones((1, 5000), np.float32), np.full((1, 5000), 127, np.int8)
+    for sign in (1, -1):
+        y = np.asarray(kernels.product(name, sign * x, w, ones[:1]))
+        np.testing.assert_allclose(y, sign * 127 * 5000, rtol=1e-6)
 
 
 def adapter_agrees(rng, name, groups, tokens, last, ins, out, rank, dtype):
@@ -149,6 +172,18 @@ def test_norm_and_angles_and_best(name, forced):
         logits = rng.integers(0, 9, (7, V)).astype(np.float32)  # most maxima stand there twice
         assert (np.asarray(kernels.best(name, logits)) == logits.argmax(1)).all()
     assert int(kernels.best(name, np.full((1, 40), -np.inf, np.float32))[0]) == 0
+
+
+@each_set
+@pytest.mark.parametrize("dtype", ["float32", ml_dtypes.bfloat16], ids=str)
+def test_store(name, dtype, forced):
+    rng = np.random.default_rng(6)
+    cache, rows = (rng.normal(size=(2, 3, n, 5)).astype(dtype) for n in (11, 4))
+    at = np.int32([2, 9])  # the second would pass the end: XLA moves it back
+    y = np.asarray(jax.jit(lambda *a: kernels.store_rows(name, *a))(cache, rows, at))
+    want = cache.copy()
+    want[0, :, 2:6], want[1, :, 7:] = rows[0], rows[1]
+    assert y.dtype == want.dtype and (y == want).all()
 
 
 MODELS = {
@@ -315,6 +350,14 @@ def test_wrong_shapes_and_dtypes_are_refused(monkeypatch):
         kernels.angles(name, np.zeros((2, 2), np.int32), np.zeros(3, f32))
     with pytest.raises(Exception, match="best: "):
         kernels.best(name, np.zeros((2, 0), f32))
+    for rows, at in [
+        (k, length[:1]),
+        (k.astype(np.float16), length),
+        (k[:, :1], length),
+        (past_k[:, :, :1], length + 0.5),
+    ]:
+        with pytest.raises(Exception, match="store_rows: "):
+            kernels.store_rows(name, past_k, rows, at)
 
 
 def test_what_runs_is_told_and_refused(monkeypatch):
@@ -345,7 +388,8 @@ def test_int8_rounds_each_output_by_its_largest_weight():
     assert np.abs(back - w).max() <= rounded.scale.max() / 2 * 1.001
     x = rng.normal(size=(4, 2, 5)).astype(np.float32)
     y = np.asarray(linear(jnp.asarray(x), jax.tree.map(jnp.asarray, rounded), in_dims=2))
-    np.testing.assert_allclose(y, np.einsum("rij,oij->ro", bfloat16(x).astype(float), back), atol=1e-4)
+    exact = multiplied(x.reshape(4, -1), "int8") @ back.reshape(3, -1).T
+    np.testing.assert_allclose(y, exact, atol=1e-4)
 
 
 def test_a_library_is_of_one_ffi_version(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from msn_jax.errors import InputError
 
 VARIABLE = "MSN_JAX_KERNELS"
 INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "portable")  # each processor that has one has those after it
-CALLS = ("product", "attention", "norm", "angles", "best")
+CALLS = ("product", "attention", "norm", "angles", "best", "store_rows")
 MAX_ROWS = 2048  # rows of a pass, batch times tokens: more are training's, or as fast in XLA's forms
 MAX_HEAD_DIM = 512  # kMaxHead of attention.h
 
@@ -118,9 +118,10 @@ def on_cpu(rows: int, kernel: Callable, xla: Callable, *args):
     return jax.lax.platform_dependent(*leaves, cpu=call, default=flat_xla)
 
 
-def _call(call: str, name: str, out, *args, **attributes):
+def _call(call: str, name: str, out, *args, aliases: dict[int, int] | None = None, **attributes):
     # Mapped, it runs for one after the other: the bits stay.
-    return jax.ffi.ffi_call(f"msn_jax_{call}_{name}", out, vmap_method="sequential")(*args, **attributes)
+    target = f"msn_jax_{call}_{name}"
+    return jax.ffi.ffi_call(target, out, vmap_method="sequential", input_output_aliases=aliases)(*args, **attributes)
 
 
 def product(
@@ -134,7 +135,8 @@ def product(
 ) -> Array:
     """float32 [rows, out] of x float32 [rows, in] and w [out, in] in float32, bfloat16 or int8.
 
-    For other weights than float32 x is rounded to bfloat16; scale float32[out] belongs to int8.
+    x is rounded to bfloat16 for weights of bfloat16, and for int8, to which scale float32[out] belongs, to integers of
+    14 bits by the largest number of each row.
     low_rank: (a [r, in], b [out, r], s) of w's dtype (bfloat16 beside int8); s * b @ a @ x is added to the `last` of
     each `tokens` rows, in the same call.
     """
@@ -177,3 +179,8 @@ def angles(name: str, positions: Array, frequencies: Array) -> tuple[Array, Arra
 def best(name: str, rows: Array) -> Array:
     """int32 [n]: where the largest number of each of rows float32 [n, V] stands first."""
     return _call("best", name, jax.ShapeDtypeStruct(rows.shape[:1], jnp.int32), rows)
+
+
+def store_rows(name: str, cache: Array, rows: Array, at: Array) -> Array:
+    """cache [B, K, S, H] with rows [B, K, E, H] of its dtype at slots at[b] .. at[b] + E - 1, in its own memory."""
+    return _call("store_rows", name, jax.ShapeDtypeStruct(cache.shape, cache.dtype), cache, rows, at, aliases={0: 0})

@@ -245,6 +245,25 @@ static ffi::Future best(ffi::ThreadPool pool, Any x, ffi::Result<Any> y) {
   });
 }
 
+// ---- store_rows: rows [B, K, E, H] into a cache [B, K, S, H] from slot at[b] on; XLA gives the result the cache's memory
+
+static ffi::Error store_rows(Any cache, Any rows, Any at, ffi::Result<Any> y) {
+  auto wrong = [](const char* what) { return ffi::Error::InvalidArgument(what); };
+  if (cache.dimensions().size() != 4 || rows.dimensions().size() != 4) return wrong("store_rows: cache, rows have four axes");
+  const auto dims = cache.dimensions();
+  const int64_t B = dims[0], K = dims[1], S = dims[2], H = dims[3], E = rows.dimensions()[2];
+  const ffi::DataType type = cache.element_type();
+  if (E > S || !is(rows, type, {B, K, E, H}) || !is(*y, type, {B, K, S, H}) || !is(at, ffi::S32, {B}))
+    return wrong("store_rows: rows [B, K, E, H] of the type of cache [B, K, S, H], E <= S; at int32 [B]");
+  const int64_t bytes = ffi::ByteWidth(type) * H;
+  if (data<char>(*y) != data<char>(cache)) std::memcpy(data<char>(*y), data<char>(cache), cache.size_bytes());
+  for (int64_t i = 0; i < B * K; ++i) {
+    const int64_t first = std::clamp<int64_t>(data<int32_t>(at)[i / K], 0, S - E);
+    std::memcpy(data<char>(*y) + (i * S + first) * bytes, data<char>(rows) + i * E * bytes, E * bytes);
+  }
+  return ffi::Error::Success();
+}
+
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 #define CALL(name, ...)                                                            \
   EXPORTED XLA_FFI_Error* msn_jax_##name(XLA_FFI_CallFrame* frame) {                \
@@ -260,6 +279,7 @@ CALL(attention, POOL IN IN IN IN IN IN IN IN OUT)
 CALL(norm, IN IN IN OUT.Attr<float>("eps"))
 CALL(angles, IN IN OUT OUT)
 CALL(best, POOL IN OUT)
+CALL(store_rows, IN IN IN OUT)
 
 // The instruction set of this machine among those that the build knows; asked of the portable library.
 EXPORTED const char* msn_jax_machine() {
@@ -267,7 +287,7 @@ EXPORTED const char* msn_jax_machine() {
   __builtin_cpu_init();
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return "avx512bf16";
+  if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) return "avx512bf16";
   if (avx512) return "avx512";
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return "avx2";
 #endif

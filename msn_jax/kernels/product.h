@@ -12,54 +12,43 @@
 
 namespace msn_jax {
 
-// How weights of type W multiply: x is packed once a call into `Packed`; an Operand holds `kStep` of its elements,
-// or of a weight row's.
+// How weights of type W multiply: a row of x is packed once a call, see `pack_row`; an Operand holds `kStep` of its
+// elements, or of a weight row's.
 template <class W>
-struct Dot {  // float32, and int8 where bfloat16 has no instruction of its own
+struct Dot {  // float32
   using Packed = float;
   using Operand = F;
+  using Sum = F;
   static constexpr int kStep = L;
-  static void pack(const float* x, float* out) {
-    for (int i = 0; i < kStep; ++i) {
-      const uint32_t bits = uint32_t(round_bf16(x[i])) << 16;
-      std::memcpy(&out[i], std::is_same_v<W, float> ? (const void*)&x[i] : &bits, sizeof(float));
-    }
-  }
+  static constexpr int64_t kExact = INT64_MAX / 2;  // terms of one sum
+  static void pack(const float* x, float* out) { std::memcpy(out, x, sizeof(F)); }
   static Operand row(const float* x) { return load<F>(x); }
-  static Operand weight(const W* w) { return widen(w); }
+  static Operand weight(const W* w) { return load<F>(w); }
   static F add(F total, Operand w, Operand x) { return fma(w, x, total); }
 };
 
+template <>
+struct Dot<bf16> {
 #if defined(__AVX512BF16__)
-
-struct DotBf16 {
   using Packed = bf16;
   using Operand = __m512bh;
+  using Sum = F;
   static constexpr int kStep = 2 * L;
+  static constexpr int64_t kExact = INT64_MAX / 2;
   static void pack(const float* x, bf16* out) {
     for (int i = 0; i < kStep; ++i) out[i] = round_bf16(x[i]);
   }
   static Operand row(const bf16* x) { return load<Operand>(x); }
-  static F add(F total, Operand w, Operand x) { return (F)_mm512_dpbf16_ps((__m512)total, w, x); }
-};
-template <>
-struct Dot<bf16> : DotBf16 {
   static Operand weight(const bf16* w) { return load<Operand>(w); }
-};
-template <>
-struct Dot<int8_t> : DotBf16 {  // all of its numbers are bfloat16 numbers
-  static Operand weight(const int8_t* w) { return _mm512_cvtne2ps_pbh((__m512)widen(w + L), (__m512)widen(w)); }
-};
-
+  static F add(F total, Operand w, Operand x) { return (F)_mm512_dpbf16_ps((__m512)total, w, x); }
 #else
-
-template <>
-struct Dot<bf16> {
   using Packed = float;
   struct Operand {
     F even, odd;
   };
+  using Sum = F;
   static constexpr int kStep = 2 * L;
+  static constexpr int64_t kExact = INT64_MAX / 2;
   static void pack(const float* x, float* out) {
     for (int i = 0; i < kStep; ++i) {
       const uint32_t bits = uint32_t(round_bf16(x[i])) << 16;
@@ -72,9 +61,66 @@ struct Dot<bf16> {
     return {(F)(pairs << 16), (F)(pairs & 0xFFFF0000)};
   }
   static F add(F total, Operand w, Operand x) { return fma(w.odd, x.odd, fma(w.even, x.even, total)); }
+#endif
 };
 
+// int8: x becomes integers as well, of 14 bits, by the largest number of its row. Their sums are exact, so that they
+// have the same bits in any order and with every instruction set.
+template <>
+struct Dot<int8_t> {
+  using Packed = int16_t;
+  using Operand = I;  // pairs of int16
+  using Sum = I;
+  static constexpr int kStep = 2 * L, kLevels = 8191;
+  static constexpr int64_t kExact = 2048;  // terms of a sum that fits into 32 bits: 2048 * 8191 * 127 < 2^31
+  static Operand row(const int16_t* x) { return load<I>(x); }
+#if defined(__AVX512F__)
+  static Operand weight(const int8_t* w) { return (I)_mm512_cvtepi8_epi16(load<__m256i>(w)); }
+#if defined(__AVX512VNNI__)
+  static I add(I total, I w, I x) { return (I)_mm512_dpwssd_epi32((__m512i)total, (__m512i)w, (__m512i)x); }
+#else
+  static I add(I total, I w, I x) { return total + (I)_mm512_madd_epi16((__m512i)w, (__m512i)x); }
 #endif
+#elif defined(__AVX2__)
+  static Operand weight(const int8_t* w) { return (I)_mm256_cvtepi8_epi16(load<__m128i>(w)); }
+  static I add(I total, I w, I x) { return total + (I)_mm256_madd_epi16((__m256i)w, (__m256i)x); }
+#else
+  static Operand weight(const int8_t* w) {
+    int16_t wide[kStep];
+    for (int i = 0; i < kStep; ++i) wide[i] = w[i];
+    return load<I>(wide);
+  }
+  static I add(I total, I w, I x) { return total + (w << 16 >> 16) * (x << 16 >> 16) + (w >> 16) * (x >> 16); }
+#endif
+};
+
+// A row of x, zeros beyond it up to a whole number of steps; what its numbers are to be multiplied by.
+template <class D>
+float pack_row(const float* x, int64_t in, typename D::Packed* to) {
+  if constexpr (std::is_same_v<typename D::Sum, F>) {
+    for (int64_t k = 0; k < in; k += D::kStep) {
+      float step[D::kStep] = {};
+      std::memcpy(step, x + k, std::min<int64_t>(D::kStep, in - k) * sizeof(float));
+      D::pack(step, to + k);
+    }
+    return 1;
+  } else {
+    F highest{}, broken{};
+    for (int64_t k = 0; k < in; k += L) {
+      const F here = widen_some(x + k, in - k), size = here < 0 ? -here : here;
+      highest = size > highest ? size : highest;
+      broken += here * 0;  // nan where a number is none, or infinite
+    }
+    float top = 0;
+    for (int l = 0; l < L; ++l) top = std::max(top, highest[l]);
+    const F inverse = fill(top > 1e-30f ? D::kLevels / top : 0);
+    for (int64_t k = 0; k < in; k += L) {
+      const I rounded = round_to_int(widen_some(x + k, in - k) * inverse);
+      for (int l = 0; l < L; ++l) to[k + l] = rounded[l];
+    }
+    return top / D::kLevels + sum(broken);
+  }
+}
 
 constexpr auto kOnesThenZeros = [] {
   std::array<uint8_t, 128> bytes{};
@@ -92,24 +138,21 @@ template <class W>
 struct Product {
   using D = Dot<W>;
   const W* w;                     // [out, in]
-  const float* scale;             // [out], or null
+  const float* scale;             // [out] of int8, or null
   float* y;                       // its `out_rows` are [rows, out]
   int64_t rows = 0, in = 0, out = 0;
   bool adds = false;              // to what y holds
   Rows out_rows = {};
   int64_t padded = 0;             // `in` up to a whole number of steps
   std::vector<typename D::Packed> x = {};  // [rows rounded up to 4, padded], zero beyond [rows, in]
+  std::vector<float> x_scale = {};         // [rows], of int8
 
   void pack(const float* from, Rows from_rows) {
     padded = (in + D::kStep - 1) / D::kStep * D::kStep;
     x.resize((rows + 3) / 4 * 4 * padded);
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t k = 0; k < in; k += D::kStep) {
-        float step[D::kStep] = {};
-        std::memcpy(step, from + from_rows.at(row) * in + k, std::min<int64_t>(D::kStep, in - k) * sizeof(float));
-        D::pack(step, x.data() + row * padded + k);
-      }
-    }
+    x_scale.resize(rows);
+    for (int64_t row = 0; row < rows; ++row)
+      x_scale[row] = pack_row<D>(from + from_rows.at(row) * in, in, x.data() + row * padded);
   }
 
   // The last step of a row of w, zeros beyond it.
@@ -131,36 +174,41 @@ struct Product {
     // Beyond the last row of w the last one again: it is computed and not stored.
     for (int r = 0; r < R; ++r) ws[r] = w + std::min(first + r, out - 1) * in;
     const typename D::Packed* xs = x.data() + row * padded;
-    F sums[L] = {};
+    F folded{};
     int64_t k = 0;
-    for (; k + D::kStep <= in; k += D::kStep) {
-      typename D::Operand xk[X];
+    do {
+      typename D::Sum sums[L] = {};
+      const int64_t stop = std::min(in, k + D::kExact);
+      for (; k + D::kStep <= stop; k += D::kStep) {
+        typename D::Operand xk[X];
 #pragma GCC unroll 16
-      for (int i = 0; i < X; ++i) xk[i] = D::row(xs + i * padded + k);
+        for (int i = 0; i < X; ++i) xk[i] = D::row(xs + i * padded + k);
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        // The rows after the next, into the second cache: a row is too short for the processor to foresee them, and
-        // in the first they would take the room of x.
-        __builtin_prefetch(ws[r] + k + 2 * R * in, 0, 2);
-        const typename D::Operand wk = D::weight(ws[r] + k);
+        for (int r = 0; r < R; ++r) {
+          // The rows after the next, into the second cache: a row is too short for the processor to foresee them, and
+          // in the first they would take the room of x.
+          __builtin_prefetch(ws[r] + k + 2 * R * in, 0, 2);
+          const typename D::Operand wk = D::weight(ws[r] + k);
 #pragma GCC unroll 16
-        for (int i = 0; i < X; ++i) sums[i * R + r] = D::add(sums[i * R + r], wk, xk[i]);
+          for (int i = 0; i < X; ++i) sums[i * R + r] = D::add(sums[i * R + r], wk, xk[i]);
+        }
       }
-    }
-    if (k < in) {
-      for (int r = 0; r < R; ++r) {
-        W rest[D::kStep] = {};
-        last_step(ws[r] + k, in - k, rest);
-        const typename D::Operand wk = D::weight(rest);
-        for (int i = 0; i < X; ++i) sums[i * R + r] = D::add(sums[i * R + r], wk, D::row(xs + i * padded + k));
+      if (k < stop) {
+        for (int r = 0; r < R; ++r) {
+          W rest[D::kStep] = {};
+          last_step(ws[r] + k, in - k, rest);
+          const typename D::Operand wk = D::weight(rest);
+          for (int i = 0; i < X; ++i) sums[i * R + r] = D::add(sums[i * R + r], wk, D::row(xs + i * padded + k));
+        }
+        k = stop;
       }
-    }
-    const F folded = fold(sums);
+      folded += to_float(fold(sums));
+    } while (k < in);
     const int64_t count = std::min<int64_t>(R, out - first);
     for (int i = 0; i < X && row + i < rows; ++i) {
       float* to = y + out_rows.at(row + i) * out + first;
       for (int r = 0; r < count; ++r) {
-        const float sum = scale ? folded[i * R + r] * scale[first + r] : folded[i * R + r];
+        const float sum = scale ? folded[i * R + r] * (x_scale[row + i] * scale[first + r]) : folded[i * R + r];
         to[r] = adds ? to[r] + sum : sum;
       }
     }

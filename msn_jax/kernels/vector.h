@@ -68,22 +68,13 @@ inline F fma(F a, F b, F c) {
 inline F widen(const float* at) { return load<F>(at); }
 #if defined(__AVX512F__)
 inline F widen(const bf16* at) { return (F)((U)_mm512_cvtepu16_epi32(load<__m256i>(at)) << 16); }
-inline F widen(const int8_t* at) { return (F)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(at))); }
 #elif defined(__AVX2__)
 inline F widen(const bf16* at) { return (F)((U)_mm256_cvtepu16_epi32(load<__m128i>(at)) << 16); }
-inline F widen(const int8_t* at) {
-  return (F)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(load<int64_t>(at))));
-}
 #else
 inline F widen(const bf16* at) {
   U wide;
   for (int l = 0; l < L; ++l) wide[l] = uint32_t(at[l]) << 16;
   return (F)wide;
-}
-inline F widen(const int8_t* at) {
-  I wide;
-  for (int l = 0; l < L; ++l) wide[l] = at[l];
-  return __builtin_convertvector(wide, F);
 }
 #endif
 
@@ -105,8 +96,8 @@ inline bf16 round_bf16(float x) {
 }
 
 // Lanes of a and b by index, those of b counted from L on.
-template <int... index>
-inline F pick(F a, F b) {
+template <int... index, class V>
+inline V pick(V a, V b) {
 #if defined(__clang__)
   return __builtin_shufflevector(a, b, index...);
 #else
@@ -115,19 +106,19 @@ inline F pick(F a, F b) {
 }
 
 // Two vectors' lanes, by pairs of blocks of n lanes: the first blocks of both, the second ones, and so on.
-template <int n, int... l>
-inline F first_halves(F a, F b, std::integer_sequence<int, l...>) {
+template <int n, class V, int... l>
+inline V first_halves(V a, V b, std::integer_sequence<int, l...>) {
   return pick<(l & n ? L + (l ^ n) : l)...>(a, b);
 }
-template <int n, int... l>
-inline F second_halves(F a, F b, std::integer_sequence<int, l...>) {
+template <int n, class V, int... l>
+inline V second_halves(V a, V b, std::integer_sequence<int, l...>) {
   return pick<(l & n ? L + l : l ^ n)...>(a, b);
 }
 constexpr auto kLanes = std::make_integer_sequence<int, L>();
 
 // Lane i of the result is the sum of the lanes of a[i]; every one in the same order.
-template <int n = L / 2>
-inline F fold(F* a) {
+template <int n = L / 2, class V>
+inline V fold(V* a) {
 #pragma GCC unroll 16
   for (int i = 0; i < n; ++i) a[i] = first_halves<n>(a[i], a[i + n], kLanes) + second_halves<n>(a[i], a[i + n], kLanes);
   if constexpr (n > 1) return fold<n / 2>(a);
@@ -153,6 +144,12 @@ inline float sum(F a) {
   for (int l = 0; l < L; ++l) total += a[l];
   return total;
 }
+
+// To the nearest integer, ties to even, of numbers up to 2^22: adding 1.5 * 2^23 rounds.
+inline I round_to_int(F x) { return (I)(x + 12582912.0f) - (I)fill(12582912.0f); }
+
+inline F to_float(F x) { return x; }
+inline F to_float(I x) { return __builtin_convertvector(x, F); }
 
 // e^x for x <= 0 to about one unit in the last place; 0 below -87, where float32 leaves its normal range.
 // Cephes' expf: a power of two times a polynomial of what is left.
