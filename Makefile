@@ -16,10 +16,10 @@ demo: $(VENV)/installed
 
 # What fails most often, in less than a minute; and everything.
 quick: $(VENV)/installed
-	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow"
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 lint: $(VENV)/linted
 	$(BIN)/ruff check .

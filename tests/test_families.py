@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 import msn_jax
-from msn_jax import InputError, model, train_step, unembed
+from msn_jax import InputError, model, train_step
 from msn_jax.adapters import Parts, init_adapter, merge
 from msn_jax.cache import init_cache, write_cache
 from msn_jax.config import LINEAR_MAPS, LoraConfig, NoiseConfig, TrainConfig
@@ -26,6 +26,7 @@ from msn_jax.params import declare, parameter_count, stack_layers
 from msn_jax.shapes import SHAPES
 
 forward = jax.jit(msn_jax.forward, static_argnums=1)
+unembed = jax.jit(msn_jax.unembed, static_argnums=1)
 NEIGHBOURS = ["llama_bias", "mistral", "qwen2", "qwen3", "starcoder2"]
 
 

@@ -91,7 +91,7 @@ def test_ahead_noise_is_drawn_evenly_from_before_the_segment_in_the_same_example
     response, segments = row("ppppp", "pppp" + "r" * 6)
     tokens = jnp.arange(15)[None] + 100
     keys = jax.random.split(jax.random.key(1), 3000)
-    noisy = np.asarray(jax.vmap(lambda k: add_noise(k, tokens, response, segments, PAPER)[0])(keys))
+    noisy = np.asarray(jax.jit(jax.vmap(lambda k: add_noise(k, tokens, response, segments, PAPER)[0]))(keys))
     # One start is possible: index 9, so the sources are the prompt at 5..8.
     changed = noisy[:, 9:14]
     values, counts = np.unique(changed, return_counts=True)
@@ -106,7 +106,7 @@ def test_random_noise_covers_the_vocabulary():
     response, segments = row("pppp" + "r" * 6)
     keys = jax.random.split(jax.random.key(2), 2000)
     tokens = jnp.full((1, 10), 50)
-    noisy = np.asarray(jax.vmap(lambda k: add_noise(k, tokens, response, segments, cfg)[0])(keys))
+    noisy = np.asarray(jax.jit(jax.vmap(lambda k: add_noise(k, tokens, response, segments, cfg)[0]))(keys))
     values, counts = np.unique(noisy[:, 4:9], return_counts=True)
     assert values.tolist() == list(range(7)) and counts.min() > 1200
     with pytest.raises(InputError, match="vocab_size"):

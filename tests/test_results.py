@@ -51,10 +51,10 @@ def arm(name, jacobi, right, loss, seed=0, batch=""):
     }
 
 
-@pytest.fixture
-def written(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
     """The rows of RESULTS.md, as lists of cells; the folder."""
-    monkeypatch.setattr(results, "ROOT", tmp_path)
+    tmp_path = tmp_path_factory.mktemp("results")
     (tmp_path / "results").mkdir()
     plain = arm("plain", [(1, 30, 20, 0.0), (2, 30, 20, 0.0)], ["a", "b"], 2.0)
     # Half again as many tokens a pass; the third question loops and counts nowhere but in the mean of all.
@@ -67,8 +67,10 @@ def written(tmp_path, monkeypatch):
     ]
     for result in (plain, paper, *again):
         (tmp_path / "results" / f"{result['arm']}-seed{result['seed']}.json").write_text(json.dumps(result))
-    monkeypatch.setattr("sys.argv", ["results.py"])
-    results.main()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results, "ROOT", tmp_path)
+        patch.setattr("sys.argv", ["results.py"])
+        results.main()
     lines = (tmp_path / "RESULTS.md").read_text().splitlines()
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")], tmp_path
 

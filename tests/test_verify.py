@@ -23,8 +23,12 @@ TOKENS = jnp.array([[R, A, C, B, D, 7]])
 VALID = jnp.array([[True, True, True, True, True, False]])
 
 
+accept = jax.jit(verify.accept, static_argnums=0)
+cut = jax.jit(verify.cut)
+
+
 def accepted(targets, tokens=TOKENS, valid=VALID):
-    best, emitted, count = verify.accept(TREE, tokens, valid, jnp.array([targets]))
+    best, emitted, count = accept(TREE, tokens, valid, jnp.array([targets]))
     return int(best[0]), emitted[0, : int(count[0])].tolist()
 
 
@@ -63,7 +67,7 @@ def test_twins_accept_the_longer_way():
 
 def test_rows_differ():
     tokens, valid = jnp.tile(TOKENS, (2, 1)), jnp.tile(VALID, (2, 1))
-    best, _, _ = verify.accept(TREE, tokens, valid, jnp.array([[A, B, D, X, X, X], [C, X, X, X, X, X]]))
+    best, _, _ = accept(TREE, tokens, valid, jnp.array([[A, B, D, X, X, X], [C, X, X, X, X, X]]))
     assert best.tolist() == [3, 2]
 
 
@@ -81,7 +85,7 @@ def test_rows_differ():
 )
 def test_cut(emitted, count, remaining, kept, stopped):
     as_row = lambda x: jnp.array([x])
-    got = verify.cut(as_row(emitted), as_row(count), as_row(remaining), jnp.array([99, 98, -1]))
+    got = cut(as_row(emitted), as_row(count), as_row(remaining), jnp.array([99, 98, -1]))
     assert (int(got[0][0]), bool(got[1][0])) == (kept, stopped)
 
 
@@ -103,7 +107,7 @@ def numpy_keep(logits, top_k, top_p):
 @pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (5, 1.0), (0, 0.7), (8, 0.5), (1, 1.0), (0, 1e-6), (0, 1e-46)])
 def test_keep_top_matches_numpy(top_k, top_p):
     logits = np.random.default_rng(0).normal(size=(4, 50)) * 2
-    got = verify.keep_top(jnp.asarray(logits, jnp.float32), jnp.int32(top_k), jnp.float32(top_p))
+    got = jax.jit(verify.keep_top)(jnp.asarray(logits, jnp.float32), jnp.int32(top_k), jnp.float32(top_p))
     for row, kept in zip(logits, np.isfinite(got), strict=True):
         assert set(np.flatnonzero(kept)) == numpy_keep(row, top_k, top_p)
 
@@ -182,7 +186,7 @@ def test_fill_takes_each_source_and_marks_the_empty():
     nothing = {source.name: None for source in SOURCES}
     carry = nothing | {"jacobi": jnp.array([[[10, 11], [20, 21]]])}
     scratch = nothing | {"retrieval": jnp.array([[[30, -1]]])}
-    drafts = fill(tree, SOURCES, nothing, carry, scratch, jnp.array([1]))
+    drafts = jax.jit(lambda *given: fill(tree, SOURCES, nothing, *given))(carry, scratch, jnp.array([1]))
     # Node 3 has the token of node 1, its sibling, so it takes its second choice.
     assert drafts[0].tolist() == [1, 30, -1, 10, 20, 21, -1]
 
@@ -191,7 +195,8 @@ def test_predict_ahead_reads_the_rows_that_follow():
     tree = TreeSpec("ahead", (-1, 0, 1), ((ROOT, 0), (JACOBI, 0), (JACOBI, 0)))
     logits = jax.nn.one_hot(jnp.array([[4, 5, 6]]), 8) + 0.5 * jax.nn.one_hot(jnp.array([[0, 1, 2]]), 8)
     greedy = jnp.argmax(logits, axis=-1)
-    ahead = lambda best, ranks: jacobi.predict_ahead(tree, logits, greedy, jnp.array([best]), 3, ranks)[0].tolist()
+    predict = jax.jit(jacobi.predict_ahead, static_argnums=(0, 4, 5))
+    ahead = lambda best, ranks: predict(tree, logits, greedy, jnp.array([best]), 3, ranks)[0].tolist()
     assert ahead(0, 2) == [[5, 1], [6, 2], [-1, -1]]
     assert ahead(1, 1) == [[6], [-1], [-1]]
     assert ahead(2, 1) == [[-1], [-1], [-1]]
