@@ -17,7 +17,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from msn_jax import DecodeConfig, InputError, kernels, load
-from msn_jax.answers import figures, first_difference, repeated_4grams
+from msn_jax.answers import answer_row, figures, first_difference
 from msn_jax.decode.generate import generate_batches, is_near_tie
 from msn_jax.decode.prompts import encode
 from msn_jax.decode.tree_sets import tree_set
@@ -94,22 +94,14 @@ def answer_group(lm, group: list[dict], arms: dict[str, DecodeConfig]) -> list[d
             results = [r for batch in generate_batches(lm, prompts, config) for r in batch]
             expected = expected or results
             for i, (q, plain, result) in enumerate(zip(asked, expected, results, strict=True)):
-                rows.append(
-                    {
-                        "question_id": q["question_id"],
-                        "category": q["category"],
-                        "turn": turn,
-                        "method": name,
-                        "prompt_tokens": len(prompts[i]),
-                        "tokens": len(result.tokens),
-                        "forwards": result.forwards,
-                        "accepted": result.accepted,
-                        "seconds": result.seconds,
-                        "prefill_seconds": result.prefill_seconds,
-                        "rep4_frac": repeated_4grams(result.tokens),
-                        "outcome": compare(lm, prompts[i], plain.tokens, result.tokens, config, i),
-                    }
+                more = dict(
+                    prompt_tokens=len(prompts[i]),
+                    accepted=result.accepted,
+                    seconds=result.seconds,
+                    prefill_seconds=result.prefill_seconds,
+                    outcome=compare(lm, prompts[i], plain.tokens, result.tokens, config, i),
                 )
+                rows.append(answer_row(q, turn, name, result.tokens, result.forwards, **more))
         for q, plain in zip(asked, expected, strict=True):
             history[q["question_id"]].append({"role": "assistant", "content": plain.text})
     return rows

@@ -18,6 +18,13 @@ def first_difference(expected: list[int], got: list[int]) -> int | None:
     return next((i for i, (a, b) in enumerate(zip(expected, got)) if a != b), min(len(expected), len(got)))
 
 
+def answer_row(question: dict, turn: int, method: str, tokens: list[int], forwards: int, **more) -> dict:
+    """A method's answer to a turn of a question, as `figures` counts it; more: seconds, outcome, what else is kept."""
+    asked = {"question_id": question["question_id"], "category": question["category"], "turn": turn}
+    counted = {"tokens": len(tokens), "forwards": forwards, "rep4_frac": repeated_4grams(tokens)}
+    return {**asked, "method": method, **counted, **more}
+
+
 def figures(rows: list[dict], ar: list[dict]) -> dict:
     """Speed, tokens a pass and identity of a method's answers, beside those of `ar` to the same questions."""
     rate = lambda rows: sum(r["tokens"] for r in rows) / sum(r["seconds"] for r in rows)

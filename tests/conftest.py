@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerFast
 
 from msn_jax import DecodeConfig, ModelConfig, forward, init, load, unembed
 from msn_jax.decode import init_state, prefill, run
+from msn_jax.io.loading import open_checkpoint
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -59,6 +60,12 @@ def smollm2():
 
 
 @pytest.fixture(scope="session")
+def smollm2_text():
+    """Its tokenizer, its stop ids and its config, without the weights."""
+    return open_checkpoint("smollm2-135m-instruct")
+
+
+@pytest.fixture(scope="session")
 def shallow(smollm2):
     """SmolLM2's first three layers: its tokenizer and its widths for a tenth of the compiling."""
     cfg = dataclasses.replace(smollm2.cfg, layers=3)
@@ -79,7 +86,7 @@ def tiny():
         max_position=160,
         tie_embeddings=True,
     )
-    return cfg, init(jax.random.key(1), cfg)
+    return cfg, jax.jit(init, static_argnums=1)(jax.random.key(1), cfg)
 
 
 @pytest.fixture(scope="session")

@@ -88,15 +88,15 @@ def test_a_reply_ends_at_its_first_stop_token(bytewise):
     assert bytewise.decode(tokens[response]) == "a<|endoftext|>b<|im_end|>"
 
 
-def test_the_prompt_has_the_tokens_that_decoding_gives_it(smollm2):
+def test_the_prompt_has_the_tokens_that_decoding_gives_it(smollm2_text):
     said = messages(("system", "Be brief."), *((role, text * 3 + " \n") for role, text in CONVERSATION))
-    tokens, response = data.encode_example(smollm2.tokenizer, said, smollm2.stop_ids)
+    tokens, response = data.encode_example(smollm2_text.tokenizer, said, smollm2_text.stop_ids)
     starts = np.flatnonzero(np.diff(response.astype(int)) == 1) + 1
     assert len(starts) == 2
     for start, turn in zip(starts, (2, 4), strict=True):
-        assert tokens[:start].tolist() == encode_chat(smollm2.tokenizer, said[:turn])
-    whole = smollm2.tokenizer.apply_chat_template(said, tokenize=False)
-    assert smollm2.tokenizer.decode(tokens) + "\n" == whole
+        assert tokens[:start].tolist() == encode_chat(smollm2_text.tokenizer, said[:turn])
+    whole = smollm2_text.tokenizer.apply_chat_template(said, tokenize=False)
+    assert smollm2_text.tokenizer.decode(tokens) + "\n" == whole
 
 
 def test_plain_template(bytewise):

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -63,8 +64,7 @@ def test_a_head_that_differs_from_a_tied_embedding_counts(make, capsys):
     assert "lm_head.weight differs" in capsys.readouterr().err
     untied = load(make({"tie_word_embeddings": False}, {HEAD: head}))
     assert untied.cfg == lm.cfg and capsys.readouterr().err == ""
-    texts = [generate(each, [[5, 6, 7]], method="ar", max_new_tokens=8)[0].tokens for each in (lm, untied)]
-    assert texts[0] == texts[1]
+    jax.tree.map(np.testing.assert_array_equal, untied.params, lm.params)
 
 
 def test_an_equal_head_is_tied_and_another_shape_refused(make):

@@ -108,9 +108,9 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
             resolve(str(name))
 
 
-def test_gguf_and_its_unsupported_fields(smollm2):
+def test_gguf_and_its_unsupported_fields(smollm2_text):
     meta = gguf.GGUFSource(resolve("smollm2-135m-instruct")).meta
-    assert config_from_gguf(meta, 49152, True) == smollm2.cfg
+    assert config_from_gguf(meta, 49152, True) == smollm2_text.cfg
     for field, value, named in (
         ("general.architecture", "gpt2", "architecture 'gpt2'"),
         ("llama.expert_count", 8, "expert_count = 8"),
@@ -125,24 +125,24 @@ def test_gguf_and_its_unsupported_fields(smollm2):
         tokenizer.from_gguf({**meta, "tokenizer.ggml.pre": "viking"})
 
 
-def test_the_alias_has_its_stop_ids(smollm2):
-    names = smollm2.tokenizer.convert_ids_to_tokens(list(smollm2.stop_ids))
+def test_the_alias_has_its_stop_ids(smollm2_text):
+    names = smollm2_text.tokenizer.convert_ids_to_tokens(list(smollm2_text.stop_ids))
     assert names == ["<|endoftext|>", "<|im_end|>"]
 
 
 @pytest.mark.parametrize("name", ["GPT2Tokenizer", "PreTrainedTokenizerFast"])
-def test_a_folder_is_split_as_its_tokenizer_json_says(smollm2, checkpoint, name):
-    smollm2.tokenizer.save_pretrained(checkpoint)
+def test_a_folder_is_split_as_its_tokenizer_json_says(smollm2_text, checkpoint, name):
+    smollm2_text.tokenizer.save_pretrained(checkpoint)
     settings = json.loads((checkpoint / "tokenizer_config.json").read_text())
     (checkpoint / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": name}))
     rebuilt, stops = tokenizer.from_folder(checkpoint)
-    assert stops == set(smollm2.stop_ids) and rebuilt.chat_template == smollm2.tokenizer.chat_template
+    assert stops == set(smollm2_text.stop_ids) and rebuilt.chat_template == smollm2_text.tokenizer.chat_template
     for golden in GOLDEN_TEXTS["encode"]:
         assert rebuilt.encode(golden["text"], add_special_tokens=False) == golden["ids"]
 
 
-def test_a_tokenizer_larger_than_the_model_is_refused(smollm2, checkpoint):
-    smollm2.tokenizer.save_pretrained(checkpoint)
+def test_a_tokenizer_larger_than_the_model_is_refused(smollm2_text, checkpoint):
+    smollm2_text.tokenizer.save_pretrained(checkpoint)
     with pytest.raises(InputError, match="the tokenizer has 49152 tokens, the model 97"):
         load(checkpoint)
 
@@ -151,17 +151,18 @@ GOLDEN_TEXTS = json.loads((GOLDENS / "smollm2_tokenizer.json").read_text())
 
 
 @pytest.mark.parametrize("golden", GOLDEN_TEXTS["encode"], ids=lambda golden: repr(golden["text"][:20]))
-def test_the_rebuilt_tokenizer_matches(smollm2, golden):
-    assert smollm2.tokenizer.encode(golden["text"], add_special_tokens=False) == golden["ids"]
+def test_the_rebuilt_tokenizer_matches(smollm2_text, golden):
+    assert smollm2_text.tokenizer.encode(golden["text"], add_special_tokens=False) == golden["ids"]
 
 
 @pytest.mark.parametrize("golden", GOLDEN_TEXTS["chat"])
-def test_the_chat_template_matches(smollm2, golden):
-    ids = encode_chat(smollm2.tokenizer, golden["messages"])
-    assert ids == smollm2.tokenizer.encode(golden["text"], add_special_tokens=False)
+def test_the_chat_template_matches(smollm2_text, golden):
+    ids = encode_chat(smollm2_text.tokenizer, golden["messages"])
+    assert ids == smollm2_text.tokenizer.encode(golden["text"], add_special_tokens=False)
 
 
-def test_a_model_without_a_template_says_so(smollm2):
+@pytest.mark.slow
+def test_a_model_without_a_template_says_so(smollm2_text):
     meta = gguf.GGUFSource(resolve("smollm2-135m-instruct")).meta
     bare, _ = tokenizer.from_gguf({k: v for k, v in meta.items() if k != "tokenizer.chat_template"})
     with pytest.raises(InputError, match="no chat template"):
@@ -169,17 +170,17 @@ def test_a_model_without_a_template_says_so(smollm2):
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
-def test_streamed_text_is_whole_characters(smollm2, size):
+def test_streamed_text_is_whole_characters(smollm2_text, size):
     text = "Schnee ❄️ 雪が降る 👩‍👩‍👧 naïve\n\tend 12"
-    ids = smollm2.tokenizer.encode(text)
-    stream = TextStream(smollm2.tokenizer)
+    ids = smollm2_text.tokenizer.encode(text)
+    stream = TextStream(smollm2_text.tokenizer)
     pieces = [stream.add(ids[at : at + size]) for at in range(0, len(ids), size)]
     assert all("\ufffd" not in piece for piece in pieces)
-    assert "".join(pieces) + stream.flush() == decode(smollm2.tokenizer, ids) == text
+    assert "".join(pieces) + stream.flush() == decode(smollm2_text.tokenizer, ids) == text
 
 
-def test_a_stream_that_ends_inside_a_character(smollm2):
-    ids = smollm2.tokenizer.encode("ok 雪")[:-1]
-    stream = TextStream(smollm2.tokenizer)
+def test_a_stream_that_ends_inside_a_character(smollm2_text):
+    ids = smollm2_text.tokenizer.encode("ok 雪")[:-1]
+    stream = TextStream(smollm2_text.tokenizer)
     assert stream.add(ids) == "ok "
     assert stream.flush() == "\ufffd"

@@ -12,7 +12,7 @@ from benchmarks.stages.check import golden_prompts
 from benchmarks.stages.loops import Loop, first_gaps
 from benchmarks.stages.stage import Stage, compile_all
 from msn_jax import load
-from msn_jax.answers import first_difference, repeated_4grams
+from msn_jax.answers import answer_row, first_difference
 from msn_jax.decode.prompts import encode
 from msn_jax.decode.verify import NEAR_TIE
 from msn_jax.errors import first_line
@@ -46,20 +46,9 @@ def ask(question: dict, lm, loops: dict[str, Loop]) -> list[dict]:
             (answer,), seconds, prefill_seconds = loop.answers([prompt])
             expected = expected or answer["tokens"]
             place = first_difference(expected, answer["tokens"])
-            rows.append(
-                {
-                    "question_id": question["question_id"],
-                    "category": question["category"],
-                    "turn": turn,
-                    "method": name,
-                    "tokens": len(answer["tokens"]),
-                    "forwards": answer["forwards"],
-                    "seconds": seconds,
-                    "prefill_seconds": prefill_seconds,
-                    "rep4_frac": repeated_4grams(answer["tokens"]),
-                    "parted_after": None if place is None else prompt + expected[:place],
-                }
-            )
+            parted = None if place is None else prompt + expected[:place]
+            more = dict(seconds=seconds, prefill_seconds=prefill_seconds, parted_after=parted)
+            rows.append(answer_row(question, turn, name, answer["tokens"], answer["forwards"], **more))
         history.append({"role": "assistant", "content": lm.tokenizer.decode(expected, skip_special_tokens=True)})
     return rows
 
