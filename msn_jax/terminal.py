@@ -46,6 +46,21 @@ def run_command(main: Callable[[], None]) -> None:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         sys.exit(f"{program}: error: cannot write ({e.strerror})")
+    except (RuntimeError, AssertionError):
+        if _has_devices():
+            raise
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        sys.exit(f"{program}: error: JAX_PLATFORMS={platforms}: jax finds no such device here")
+
+
+def _has_devices() -> bool:
+    """Whether jax has a backend; it raises RuntimeError for a name that it does not know, AssertionError for none."""
+    import jax
+
+    try:
+        return bool(jax.devices())
+    except (RuntimeError, AssertionError):
+        return False
 
 
 def _mend_streams() -> None:

@@ -300,3 +300,10 @@ def test_the_sources_of_the_docs_draft(tiny):
     weights = {"following": Weights(params, None, cfg)}
     drafts = fill(names["trees"].trees[0], (own,), weights, carry, carry, root)
     assert drafts[0].tolist() == [7, 8, 9, 10, 11]
+
+
+def test_a_draft_at_random_is_that_of_its_row_alone():
+    data = lambda *rows: jax.random.key_data(Text(None, *(jnp.array(row) for row in rows)).key()).tolist()
+    both = data([4, 8], [3, 5], [1, 2])  # position, request, seed
+    assert data([8], [5], [2]) == both[1:]
+    assert all(other != both[1:] for other in (data([9], [5], [2]), data([8], [6], [2]), data([8], [5], [3])))

@@ -83,3 +83,9 @@ def test_what_is_compiled_is_kept_where_it_is_wanted(shell, tmp_path):
     assert not (tmp_path / "other").exists()
     (tmp_path / "file").write_text("")
     assert shell(line, XDG_CACHE_HOME=str(tmp_path / "file")).returncode == 0  # nowhere to keep it
+
+
+def test_a_platform_that_is_not_there_is_one_line(shell):
+    done = shell("$DECODE --prompt ab", JAX_PLATFORMS="foo")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "decode.py: error: JAX_PLATFORMS=foo: jax finds no such device here"
