@@ -8,7 +8,8 @@ BIN := $(VENV)/bin
 # A real model answers twice, the second time with its draft-only adapter; then a tiny one is trained from nothing
 # (resumed, where it was cut off) and decoded.
 demo: $(VENV)/installed
-	$(BIN)/python decode.py --ckpt smollm2-135m-instruct --adapter adapters/smollm2-135m-msn --compare --max_new_tokens 96 \
+	$(BIN)/python decode.py --ckpt smollm2-135m-instruct --adapter adapters/smollm2-135m-msn --dtype auto \
+	  --compare --max_new_tokens 96 \
 	  --prompt "Write a short Python function that checks whether a number is prime, then explain it line by line."
 	$(BIN)/python train.py --config configs/tiny.yaml
 	$(BIN)/python benchmarks/spec_bench.py --ckpt runs/tiny --questions benchmarks/tiny_prompts.jsonl \

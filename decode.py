@@ -62,7 +62,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--method", default="tr-jacobi", choices=METHODS, help="how to draft")
     p.add_argument("--tree", help=f"a file of --tune_out, or {', '.join(TREE_SETS)}; default: the best of the backend")
     p.add_argument(
-        "--dtype", choices=DTYPES, help="of weights and computation, int8 of weights; None: float32, --plan: bfloat16"
+        "--dtype",
+        choices=(*DTYPES, "auto"),
+        help="of weights and computation, int8 of weights; auto: bfloat16 where its products are fast (GPU, TPU, a CPU "
+        "with the C++ kernels), else float32; None: float32, --plan: bfloat16",
     )
     p.add_argument("--max_new_tokens", type=int, default=256)
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
@@ -215,6 +218,13 @@ def compare(lm, rows: list[Row], config: DecodeConfig, write) -> tuple[list, lis
     return plain, fast
 
 
+def given_dtype(dtype: str, backend: str) -> str:
+    """The dtype that --dtype names on a backend."""
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if backend != "cpu" or kernels.instruction_set() else "float32"
+
+
 def settings_of(args: argparse.Namespace, lm) -> dict[str, object]:
     """What a page says of how it was made."""
     names = ["tree", "adapter", "dtype", "max_new_tokens", "temperature", "top_k", "top_p", "seed"]
@@ -229,8 +239,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.plan:
         from msn_jax.plan import plan_decode
 
-        return plan_decode(args.ckpt, args.topology, args.tree, args.dtype or "bfloat16")
-    args.dtype = args.dtype or "float32"
+        return plan_decode(args.ckpt, args.topology, args.tree, given_dtype(args.dtype or "auto", "tpu"))
+    args.dtype = given_dtype(args.dtype or "float32", jax.default_backend())
     fields = {field.name for field in dataclasses.fields(DecodeConfig)}
     config = DecodeConfig(**{name: value for name, value in vars(args).items() if name in fields})
     rows = None

@@ -169,8 +169,6 @@ def attention_over_cache(
     def xla(*args):
         return attention(*args).astype(jnp.float32)
 
-    if H > kernels.MAX_HEAD_DIM:
-        return xla(q, k, v, mask, cached, length, oldest)
     return kernels.on_cpu(B * T, filled, xla, q, k, v, mask, cached, length, oldest)
 
 

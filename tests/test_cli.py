@@ -219,6 +219,13 @@ def test_a_run_that_breaks_keeps_its_rows(run, tmp_path, monkeypatch):
     assert len((tmp_path / "out.jsonl.partial").read_text().splitlines()) == 1
 
 
+def test_the_fastest_dtype_is_of_the_backend(monkeypatch):
+    assert decode.given_dtype("auto", "tpu") == "bfloat16" and decode.given_dtype("int8", "tpu") == "int8"
+    for kernels, dtype in [("avx2", "bfloat16"), (None, "float32")]:
+        monkeypatch.setattr(decode.kernels, "instruction_set", lambda kernels=kernels: kernels)
+        assert decode.given_dtype("auto", "cpu") == dtype
+
+
 def test_refusals_name_what_the_user_gave(tmp_path, config):
     with pytest.raises(InputError, match="^ckpt /no/such: no such file"):
         load("/no/such")

@@ -25,7 +25,6 @@ VARIABLE = "MSN_JAX_KERNELS"
 INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "portable")  # each processor that has one has those after it
 CALLS = ("product", "attention", "norm", "angles", "best", "store_rows")
 MAX_ROWS = 2048  # rows of a pass, batch times tokens: more are training's, or as fast in XLA's forms
-MAX_HEAD_DIM = 512  # kMaxHead of attention.h
 
 
 def instruction_set() -> str | None:

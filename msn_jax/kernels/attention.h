@@ -9,7 +9,7 @@
 #include <limits>
 #include <vector>
 
-#include "vector.h"
+#include "product.h"
 
 namespace msn_jax {
 
@@ -24,7 +24,6 @@ struct Attention {
   float* y;                  // [B, tokens, K, G, H]
   int64_t B, tokens, K, G, H, slots, masks;
 
-  static constexpr int kMaxHead = 512;  // largest H
   static constexpr int kRows = 4;     // rows, that is query heads of tokens, that run side by side
   static constexpr int kChunk = 16;   // rows of one part of the work
   static constexpr int kBlock = 64;   // positions whose values are widened at one time
@@ -49,19 +48,18 @@ struct Attention {
     const T* past_keys = past_k + ((b * K + head) * slots + first) * H;
     const T* past_values = past_v + ((b * K + head) * slots + first) * H;
 
-    std::vector<float> queries(kChunk * H), scores(kChunk * stride), out(kChunk * wide());
-    const float root = 1.0f / std::sqrt(float(H));
     auto head_of = [&](int64_t row) { return (((b * tokens + row / G) * K + head) * G + row % G) * H; };
+    std::vector<float> queries(kChunk * H), scores(kChunk * stride), out(kChunk * wide());
     for (int64_t r = 0; r < count; ++r)
-      for (int64_t h = 0; h < H; ++h) queries[r * H + h] = to_float(q[head_of(top + r) + h]) * root;
-
-    const int64_t padded = (count + kRows - 1) / kRows * kRows;
-    for (int64_t at = 0; at < cached; at += L)
-      score(past_keys + at * H, std::min<int64_t>(L, cached - at), queries.data(), &scores[at], stride, padded);
-    for (int64_t at = 0; at < tokens; at += L)
-      score(keys + at * H, std::min<int64_t>(L, tokens - at), queries.data(), &scores[cached + at], stride, padded);
+      for (int64_t h = 0; h < H; ++h) queries[r * H + h] = to_float(q[head_of(top + r) + h]);
+    Product<T> score{past_keys, nullptr, scores.data(), count, H, cached, stride};
+    score.pack(queries.data(), {});
+    score.run(0, cached);
+    score.w = keys, score.y += cached, score.out = tokens;
+    score.run(0, tokens);
     for (int64_t r = 0; r < count; ++r) weigh(&scores[r * stride], b, (top + r) / G, first, cached, seen);
 
+    const int64_t padded = (count + kRows - 1) / kRows * kRows;
     float totals[kChunk] = {};
     std::vector<float> wide_values(kBlock * wide());
     for (int64_t at = 0; at < cached; at += kBlock)
@@ -72,32 +70,6 @@ struct Attention {
              padded, out.data(), totals);
     for (int64_t r = 0; r < count; ++r)
       for (int64_t h = 0; h < H; ++h) y[head_of(top + r) + h] = totals[r] == 0 ? 0 : out[r * wide() + h] / totals[r];
-  }
-
-  static float to_float(float x) { return x; }
-  static float to_float(bf16 x) {
-    const uint32_t bits = uint32_t(x) << 16;
-    float wide;
-    std::memcpy(&wide, &bits, sizeof wide);
-    return wide;
-  }
-
-  // Scores of `rows` queries with up to L keys, one key a lane, so that a score is summed along H in order.
-  void score(const T* keys, int64_t count, const float* queries, float* scores, int64_t stride, int64_t rows) const {
-    F lanes[kMaxHead];  // keys transposed: one vector for each of their elements
-    for (int64_t h = 0; h < H; h += L) {
-      F* block = lanes + h;
-      for (int l = 0; l < L; ++l) block[l] = l < count ? widen_some(keys + l * H + h, H - h) : F{};
-      transpose(block);
-    }
-    for (int64_t r = 0; r < rows; r += kRows) {
-      F sums[kRows] = {};
-      for (int64_t h = 0; h < H; ++h)
-#pragma GCC unroll 4
-        for (int i = 0; i < kRows; ++i)
-          sums[i] = fma(fill(queries[(r + i) * H + h]), lanes[h], sums[i]);
-      for (int i = 0; i < kRows; ++i) store(scores + (r + i) * stride, sums[i]);
-    }
   }
 
   // A row's scores become weights, up to their sum; 0 where its token may not look.
@@ -118,7 +90,8 @@ struct Attention {
     }
     float top = std::numeric_limits<float>::lowest();  // so that a token which sees nothing has no nan
     for (int l = 0; l < L; ++l) top = std::max(top, highest[l]);
-    for (int64_t at = 0; at < seen; at += L) store(row + at, exp(load<F>(row + at) - top));
+    const float root = 1.0f / std::sqrt(float(H));
+    for (int64_t at = 0; at < seen; at += L) store(row + at, exp((load<F>(row + at) - top) * root));
   }
 
   // Add up to kBlock values, times the rows' weights, to `out`, and the weights to `totals`.

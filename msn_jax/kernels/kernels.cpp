@@ -3,7 +3,6 @@
 #include <atomic>
 #include <functional>
 #include <memory>
-#include <string>
 
 #include "attention.h"
 #include "product.h"
@@ -46,18 +45,33 @@ static ffi::Future run_parts(ffi::ThreadPool& pool, int64_t count, std::function
   return future;
 }
 
-static ffi::Future wrong(const std::string& what) {
-  ffi::Promise promise;
-  ffi::Future future(promise);
-  promise.SetError(ffi::Error::InvalidArgument(what));
-  return future;
-}
+// What a call says of arguments that it does not take, before it reads them.
+struct Wrong {
+  const char* what;
+  operator ffi::Error() const { return ffi::Error::InvalidArgument(what); }
+  operator ffi::Future() const {
+    ffi::Promise promise;
+    ffi::Future future(promise);
+    promise.SetError(*this);
+    return future;
+  }
+};
 
 using Shape = std::vector<int64_t>;
 
 static bool is(const Any& buffer, ffi::DataType type, const Shape& shape) {
   const auto dims = buffer.dimensions();
   return buffer.element_type() == type && std::equal(dims.begin(), dims.end(), shape.begin(), shape.end());
+}
+
+// The sizes of a buffer of n axes; of any other -1, which no buffer has.
+template <int n>
+static std::array<int64_t, n> sizes(const Any& buffer) {
+  std::array<int64_t, n> sizes;
+  sizes.fill(-1);
+  const auto dims = buffer.dimensions();
+  if (dims.size() == n) std::copy(dims.begin(), dims.end(), sizes.begin());
+  return sizes;
 }
 
 template <class T>
@@ -87,7 +101,7 @@ static ffi::Future product_of(ffi::ThreadPool& pool, Product<W> p, const float* 
     down.pack(x, low.rows);
     down.run(0, low.rank);
     for (float& h : hidden) h *= low.scale;
-    up = {up.w, nullptr, p.y, rows, low.rank, p.out, true, low.rows};
+    up = {up.w, nullptr, p.y, rows, low.rank, p.out, p.out, true, low.rows};
     up.pack(hidden.data(), {});
   }
   // About six parts a thread, so that none waits long for the last; each a whole number of blocks of L.
@@ -103,61 +117,48 @@ static ffi::Future product_of(ffi::ThreadPool& pool, Product<W> p, const float* 
 
 static ffi::Future product(ffi::ThreadPool pool, Any x, Any w, Any scale, Any a, Any b, ffi::Result<Any> y,
                            float low_rank_scale, int64_t last, int64_t tokens) {
-  if (x.dimensions().size() != 2 || w.dimensions().size() != 2) return wrong("product: x and w have two axes");
-  if (a.dimensions().size() != 2) return wrong("product: a has two axes");
-  const int64_t rows = x.dimensions()[0], in = x.dimensions()[1], out = w.dimensions()[0], rank = a.dimensions()[0];
+  const auto [rows, in] = sizes<2>(x);
+  const int64_t out = sizes<2>(w)[0], rank = sizes<2>(a)[0];
   const ffi::DataType type = w.element_type(), low_type = type == ffi::S8 ? ffi::BF16 : type;
-  if (!is(x, ffi::F32, {rows, in})) return wrong("product: x is float32 [rows, in]");
-  if (!is(w, type, {out, in})) return wrong("product: w is [out, in], with the `in` of x");
-  if (!is(scale, ffi::F32, {type == ffi::S8 ? out : 0})) return wrong("product: scale is float32, one a row of int8");
-  if (!is(a, low_type, {rank, in}) || !is(b, low_type, {out, rank}))
-    return wrong("product: a is [rank, in] and b [out, rank], of the type of w");
-  if (tokens < 1 || rows % tokens || last < 0 || last > tokens) return wrong("product: rows are in groups of `tokens`");
-  if (!is(*y, ffi::F32, {rows, out})) return wrong("product: y is float32 [rows, out]");
+  if (!is(x, ffi::F32, {rows, in}) || !is(w, type, {out, in}) || !is(scale, ffi::F32, {type == ffi::S8 ? out : 0}))
+    return Wrong{"product: x is float32 [rows, in], w [out, in], scale float32 [out] for int8 and else [0]"};
+  if (!is(a, low_type, {rank, in}) || !is(b, low_type, {out, rank}) || !is(*y, ffi::F32, {rows, out}))
+    return Wrong{"product: a is [rank, in] and b [out, rank] of the type of w, y float32 [rows, out]"};
+  if (tokens < 1 || rows % tokens || last < 0 || last > tokens) return Wrong{"product: rows are in groups of `tokens`"};
   const float* scales = type == ffi::S8 ? data<float>(scale) : nullptr;
   const LowRank low = {a.untyped_data(), b.untyped_data(), rank, {last, tokens}, low_rank_scale};
-  auto of = [&](auto* weights) {
-    using W = std::remove_cv_t<std::remove_pointer_t<decltype(weights)>>;
+  auto of = [&, rows = rows, in = in](auto* weights) {
+    using W = std::remove_pointer_t<decltype(weights)>;
     return product_of<W>(pool, {weights, scales, data<float>(*y), rows, in, out}, data<float>(x), low);
   };
   if (type == ffi::F32) return of(data<float>(w));
   if (type == ffi::BF16) return of(data<bf16>(w));
   if (type == ffi::S8) return of(data<int8_t>(w));
-  return wrong("product: w is float32, bfloat16 or int8");
+  return Wrong{"product: w is float32, bfloat16 or int8"};
 }
 
 // ---- attention
 
-template <class T>
-static ffi::Future attention_of(ffi::ThreadPool& pool, const Attention<T>& a) {
-  return run_parts(pool, a.tokens ? a.parts() : 0, [a](int64_t i) { a.run(i); });
-}
-
 static ffi::Future attention(ffi::ThreadPool pool, Any q, Any k, Any v, Any mask, Any past_k, Any past_v, Any length,
                              Any oldest, ffi::Result<Any> y) {
-  if (q.dimensions().size() != 5) return wrong("attention: q has the axes [B, T, K, G, H]");
-  if (past_k.dimensions().size() != 4) return wrong("attention: the cache has the axes [B, K, S, H]");
-  if (mask.dimensions().size() != 3) return wrong("attention: the mask has the axes [1 or B, T, T]");
-  const auto dims = q.dimensions();
-  const int64_t B = dims[0], T = dims[1], K = dims[2], G = dims[3], H = dims[4];
-  const int64_t S = past_k.dimensions()[2], masks = mask.dimensions()[0];
+  const auto [B, T, K, G, H] = sizes<5>(q);
+  const int64_t S = sizes<4>(past_k)[2], masks = sizes<3>(mask)[0];
   const bool window = oldest.dimensions().size() == 2;
   const ffi::DataType type = q.element_type();
-  if (type != ffi::F32 && type != ffi::BF16) return wrong("attention: float32 or bfloat16");
-  if (H < 1 || H > Attention<float>::kMaxHead) return wrong("attention: H is 1 to 512");
-  if (!is(k, type, {B, K, T, H}) || !is(v, type, {B, K, T, H})) return wrong("attention: k, v are [B, K, T, H] as q");
-  if (!is(past_k, type, {B, K, S, H}) || !is(past_v, type, {B, K, S, H}))
-    return wrong("attention: the cache is [B, K, S, H], of the type of q");
-  if ((masks != 1 && masks != B) || !is(mask, ffi::PRED, {masks, T, T})) return wrong("attention: bool [1 or B, T, T]");
-  if (!is(length, ffi::S32, {B})) return wrong("attention: length is int32 [B]");
-  if (!is(oldest, ffi::S32, window ? Shape{B, T} : Shape{0})) return wrong("attention: oldest is int32 [B, T] or [0]");
-  if (!is(*y, ffi::F32, {B, T, K, G, H})) return wrong("attention: y is float32, of the shape of q");
-  auto of = [&](auto* as) {
+  if (H < 1 || (type != ffi::F32 && type != ffi::BF16) || !is(k, type, {B, K, T, H}) || !is(v, type, {B, K, T, H}))
+    return Wrong{"attention: q is [B, T, K, G, H], k and v [B, K, T, H], all float32 or all bfloat16"};
+  if (!is(past_k, type, {B, K, S, H}) || !is(past_v, type, {B, K, S, H}) || !is(length, ffi::S32, {B}))
+    return Wrong{"attention: the cache is twice [B, K, S, H] of the type of q, length int32 [B]"};
+  if ((masks != 1 && masks != B) || !is(mask, ffi::PRED, {masks, T, T}))
+    return Wrong{"attention: mask is bool [1 or B, T, T]"};
+  if (!is(oldest, ffi::S32, window ? Shape{B, T} : Shape{0}) || !is(*y, ffi::F32, {B, T, K, G, H}))
+    return Wrong{"attention: oldest is int32 [B, T] or [0], y float32 of the shape of q"};
+  auto of = [&, B = B, T = T, K = K, G = G, H = H](auto* as) {
     using E = std::remove_pointer_t<decltype(as)>;
-    return attention_of<E>(
-        pool, {data<E>(q), data<E>(k), data<E>(v), data<bool>(mask), data<E>(past_k), data<E>(past_v),
-               data<int32_t>(length), window ? data<int32_t>(oldest) : nullptr, data<float>(*y), B, T, K, G, H, S,
-               masks});
+    const Attention<E> a = {data<E>(q), data<E>(k), data<E>(v), data<bool>(mask), data<E>(past_k), data<E>(past_v),
+                            data<int32_t>(length), window ? data<int32_t>(oldest) : nullptr, data<float>(*y),
+                            B, T, K, G, H, S, masks};
+    return run_parts(pool, T ? a.parts() : 0, [a](int64_t i) { a.run(i); });
   };
   return type == ffi::F32 ? of((float*)nullptr) : of((bf16*)nullptr);
 }
@@ -189,22 +190,21 @@ static void norm_rows(const float* x, const W* scale, const W* bias, float* y, i
 }
 
 static ffi::Error norm(Any x, Any scale, Any bias, ffi::Result<Any> y, float eps) {
-  auto wrong = [](const char* what) { return ffi::Error::InvalidArgument(what); };
-  if (x.dimensions().size() != 2 || scale.dimensions().size() != 2) return wrong("norm: x and scale have two axes");
-  const int64_t rows = x.dimensions()[0], D = x.dimensions()[1], M = scale.dimensions()[0];
+  const auto [rows, D] = sizes<2>(x);
+  const int64_t M = sizes<2>(scale)[0];
   const ffi::DataType type = scale.element_type();
   const bool biased = bias.dimensions().size() == 2;
-  if (!is(x, ffi::F32, {rows, D}) || !is(*y, ffi::F32, {rows, D})) return wrong("norm: x, y are float32 [rows, D]");
-  if (M < 1 || !is(scale, type, {M, D})) return wrong("norm: scale is [M, D], with the D of x");
-  if (!is(bias, type, biased ? Shape{M, D} : Shape{0})) return wrong("norm: bias is as scale, or [0]");
-  auto of = [&](auto* s) {
+  if (!is(x, ffi::F32, {rows, D}) || !is(*y, ffi::F32, {rows, D}) || M < 1 || !is(scale, type, {M, D}) ||
+      !is(bias, type, biased ? Shape{M, D} : Shape{0}))
+    return Wrong{"norm: x and y are float32 [rows, D], scale is [M, D], bias as scale or [0]"};
+  auto of = [&, rows = rows, D = D](auto* s) {
     using W = std::remove_pointer_t<decltype(s)>;
     norm_rows<W>(data<float>(x), s, biased ? data<W>(bias) : nullptr, data<float>(*y), rows, D, M, eps);
     return ffi::Error::Success();
   };
   if (type == ffi::F32) return of(data<float>(scale));
   if (type == ffi::BF16) return of(data<bf16>(scale));
-  return wrong("norm: scale is float32 or bfloat16");
+  return Wrong{"norm: scale is float32 or bfloat16"};
 }
 
 // ---- rope angles: one call of the C library for each number, whatever the number of positions
@@ -213,7 +213,7 @@ static ffi::Error angles(Any positions, Any frequencies, ffi::Result<Any> cos, f
   const int64_t n = positions.element_count(), half = frequencies.element_count();
   if (!is(positions, ffi::S32, {n}) || !is(frequencies, ffi::F32, {half}) || !is(*cos, ffi::F32, {n, half}) ||
       !is(*sin, ffi::F32, {n, half}))
-    return ffi::Error::InvalidArgument("angles: int32 [n] and float32 [half] give twice float32 [n, half]");
+    return Wrong{"angles: int32 [n] and float32 [half] give twice float32 [n, half]"};
   for (int64_t i = 0; i < n * half; ++i) {
     const float angle = float(data<int32_t>(positions)[i / half]) * data<float>(frequencies)[i % half];
     data<float>(*cos)[i] = std::cos(angle);
@@ -225,12 +225,11 @@ static ffi::Error angles(Any positions, Any frequencies, ffi::Result<Any> cos, f
 // ---- best: where the largest number of each row stands first
 
 static ffi::Future best(ffi::ThreadPool pool, Any x, ffi::Result<Any> y) {
-  if (x.dimensions().size() != 2) return wrong("best: x is [n, V]");
-  const int64_t n = x.dimensions()[0], V = x.dimensions()[1];
-  if (V < 1 || !is(x, ffi::F32, {n, V}) || !is(*y, ffi::S32, {n})) return wrong("best: float32 [n, V] gives int32 [n]");
+  const auto [n, V] = sizes<2>(x);
+  if (V < 1 || !is(x, ffi::F32, {n, V}) || !is(*y, ffi::S32, {n})) return Wrong{"best: float32 [n, V] gives int32 [n]"};
   const float* rows = data<float>(x);
   int32_t* first = data<int32_t>(*y);
-  return run_parts(pool, n, [=](int64_t i) {
+  return run_parts(pool, n, [=, V = V](int64_t i) {
     const float* row = rows + i * V;
     F highest = fill(row[0]);
     for (int64_t at = 0; at + L <= V; at += L) {
@@ -245,16 +244,14 @@ static ffi::Future best(ffi::ThreadPool pool, Any x, ffi::Result<Any> y) {
   });
 }
 
-// ---- store_rows: rows [B, K, E, H] into a cache [B, K, S, H] from slot at[b] on; XLA gives the result the cache's memory
+// ---- store_rows: rows [B, K, E, H] into a cache [B, K, S, H] from slot at[b] on, in the cache's own memory
 
 static ffi::Error store_rows(Any cache, Any rows, Any at, ffi::Result<Any> y) {
-  auto wrong = [](const char* what) { return ffi::Error::InvalidArgument(what); };
-  if (cache.dimensions().size() != 4 || rows.dimensions().size() != 4) return wrong("store_rows: cache, rows have four axes");
-  const auto dims = cache.dimensions();
-  const int64_t B = dims[0], K = dims[1], S = dims[2], H = dims[3], E = rows.dimensions()[2];
+  const auto [B, K, S, H] = sizes<4>(cache);
+  const int64_t E = sizes<4>(rows)[2];
   const ffi::DataType type = cache.element_type();
   if (E > S || !is(rows, type, {B, K, E, H}) || !is(*y, type, {B, K, S, H}) || !is(at, ffi::S32, {B}))
-    return wrong("store_rows: rows [B, K, E, H] of the type of cache [B, K, S, H], E <= S; at int32 [B]");
+    return Wrong{"store_rows: rows [B, K, E, H] of the type of cache [B, K, S, H], E <= S; at int32 [B]"};
   const int64_t bytes = ffi::ByteWidth(type) * H;
   if (data<char>(*y) != data<char>(cache)) std::memcpy(data<char>(*y), data<char>(cache), cache.size_bytes());
   for (int64_t i = 0; i < B * K; ++i) {

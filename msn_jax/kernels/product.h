@@ -50,10 +50,7 @@ struct Dot<bf16> {
   static constexpr int kStep = 2 * L;
   static constexpr int64_t kExact = INT64_MAX / 2;
   static void pack(const float* x, float* out) {
-    for (int i = 0; i < kStep; ++i) {
-      const uint32_t bits = uint32_t(round_bf16(x[i])) << 16;
-      std::memcpy(&out[i / 2 + i % 2 * L], &bits, sizeof bits);
-    }
+    for (int i = 0; i < kStep; ++i) out[i / 2 + i % 2 * L] = to_float(round_bf16(x[i]));
   }
   static Operand row(const float* x) { return {load<F>(x), load<F>(x + L)}; }
   static Operand weight(const bf16* w) {
@@ -139,8 +136,8 @@ struct Product {
   using D = Dot<W>;
   const W* w;                     // [out, in]
   const float* scale;             // [out] of int8, or null
-  float* y;                       // its `out_rows` are [rows, out]
-  int64_t rows = 0, in = 0, out = 0;
+  float* y;                       // its `out_rows` are [rows, out], one `stride` from the next
+  int64_t rows = 0, in = 0, out = 0, stride = out;
   bool adds = false;              // to what y holds
   Rows out_rows = {};
   int64_t padded = 0;             // `in` up to a whole number of steps
@@ -206,7 +203,7 @@ struct Product {
     } while (k < in);
     const int64_t count = std::min<int64_t>(R, out - first);
     for (int i = 0; i < X && row + i < rows; ++i) {
-      float* to = y + out_rows.at(row + i) * out + first;
+      float* to = y + out_rows.at(row + i) * stride + first;
       for (int r = 0; r < count; ++r) {
         const float sum = scale ? folded[i * R + r] * (x_scale[row + i] * scale[first + r]) : folded[i * R + r];
         to[r] = adds ? to[r] + sum : sum;

@@ -125,19 +125,6 @@ inline V fold(V* a) {
   return a[0];
 }
 
-// Lane i of a[j] becomes lane j of a[i].
-template <int n = L / 2>
-inline void transpose(F* a) {
-#pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) {
-    if (i & n) continue;
-    const F low = a[i], high = a[i + n];
-    a[i] = first_halves<n>(low, high, kLanes);
-    a[i + n] = second_halves<n>(low, high, kLanes);
-  }
-  if constexpr (n > 1) transpose<n / 2>(a);
-}
-
 // The sum of the lanes, in order.
 inline float sum(F a) {
   float total = 0;
@@ -148,6 +135,13 @@ inline float sum(F a) {
 // To the nearest integer, ties to even, of numbers up to 2^22: adding 1.5 * 2^23 rounds.
 inline I round_to_int(F x) { return (I)(x + 12582912.0f) - (I)fill(12582912.0f); }
 
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+  const uint32_t bits = uint32_t(x) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, sizeof wide);
+  return wide;
+}
 inline F to_float(F x) { return x; }
 inline F to_float(I x) { return __builtin_convertvector(x, F); }
 
