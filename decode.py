@@ -71,7 +71,11 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     p.add_argument("--top_k", type=int, default=0, help="0 keeps all tokens")
     p.add_argument("--top_p", type=float, default=1.0)
+    p.add_argument("--min_p", type=float, default=0.0, help="draw only what has this share of the best probability")
+    p.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1: what occurred becomes less likely")
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--stop", action="append", default=[], help="text before which a reply ends; can be given again")
+    p.add_argument("--logprobs", type=int, help="rows of --out have log-probabilities, and those of so many likeliest")
     p.add_argument("--batch_size", type=int, default=1)
     p.add_argument("--chat_template", default="auto", choices=("auto", "yes", "no"), help="auto: all but `prompt` rows")
     p.add_argument("--compare", action="store_true", help="also decode plainly (ar), and compare the tokens")
@@ -110,7 +114,7 @@ def check_flags(args: argparse.Namespace, given: list[str]) -> None:
         raise InputError("--tune measures for a file; give it with --tune_out")
     if args.tune:
         refuse("--tune", "--method", "--tree", "--batch_size", "--max_new_tokens", "--temperature", "--draft_memory")
-        refuse("--tune", "--out", "--html", "--compare")
+        refuse("--tune", "--out", "--html", "--compare", "--min_p", "--repetition_penalty", "--stop", "--logprobs")
     else:
         refuse("a run that is no --tune", "--tune_out")
     if args.chat:
@@ -184,7 +188,7 @@ def decode_rows(lm, rows: list[Row], config: DecodeConfig, write, show: bool) ->
         for batch in generate_batches(lm, ids, config, ids=[row.id for row in rows]):
             results += batch
             for result in batch:
-                write(dataclasses.asdict(result))
+                write(result.row())
                 if show:
                     tqdm.write(f"--- {result.id}\n{result.text}")
             _, _, mat, *_ = summary(results)
@@ -214,7 +218,7 @@ def compare(lm, rows: list[Row], config: DecodeConfig, write) -> tuple[list, lis
         results = tuple([min(twice, key=lambda batch: sum(r.seconds for r in batch))] for twice in results)
     plain, fast = ([r for batch in batches for r in batch] for batches in results)
     for result in fast:
-        write(dataclasses.asdict(result))
+        write(result.row())
     return plain, fast
 
 
@@ -227,8 +231,9 @@ def given_dtype(dtype: str, backend: str) -> str:
 
 def settings_of(args: argparse.Namespace, lm) -> dict[str, object]:
     """What a page says of how it was made."""
-    names = ["tree", "adapter", "dtype", "max_new_tokens", "temperature", "top_k", "top_p", "seed"]
-    drawn = ("top_k", "top_p", "seed")
+    names = ["tree", "adapter", "dtype", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed"]
+    names += ["repetition_penalty"]
+    drawn = ("top_k", "top_p", "min_p", "seed")
     given = {name: getattr(args, name) for name in names if args.temperature or name not in drawn}
     return {"checkpoint": lm.name, "backend": lm.backend} | {k: v for k, v in given.items() if v is not None}
 

@@ -17,8 +17,9 @@ import numpy as np
 
 from msn_jax import DecodeConfig, InputError, load
 from msn_jax.decode import loop
-from msn_jax.decode.engine import ACCELERATOR_CHUNK, PREFILL_CHUNK, Engine, Request, trees_of
+from msn_jax.decode.engine import ACCELERATOR_CHUNK, PREFILL_CHUNK, Engine, trees_of
 from msn_jax.decode.prompts import as_chat, encode
+from msn_jax.decode.request import Request
 from msn_jax.decode.tree_sets import METHODS
 from msn_jax.io.loading import DTYPES
 from msn_jax.questions import read_questions, spread

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from msn_jax.cache import KVCache
     from msn_jax.config import DecodeConfig, NoiseConfig
-    from msn_jax.decode.engine import Result
     from msn_jax.decode.generate import Stream, generate, stream
+    from msn_jax.decode.request import Result
     from msn_jax.errors import InputError
     from msn_jax.io.loading import LM, load
     from msn_jax.model import forward, unembed
@@ -27,7 +27,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "msn_jax.cache": ("KVCache",),
     "msn_jax.config": ("DecodeConfig", "NoiseConfig"),
-    "msn_jax.decode.engine": ("Result",),
+    "msn_jax.decode.request": ("Result",),
     "msn_jax.decode.generate": ("Stream", "generate", "stream"),
     "msn_jax.errors": ("InputError",),
     "msn_jax.io.loading": ("LM", "load"),

@@ -8,13 +8,16 @@ import sys
 from pathlib import Path
 
 from msn_jax.config import DecodeConfig
-from msn_jax.decode.generate import Stream
+from msn_jax.decode.engine import Engine
+from msn_jax.decode.generate import Stream, stream_engine
 from msn_jax.decode.prompts import as_chat, encode
 from msn_jax.errors import InputError
 from msn_jax.io.loading import LM
 from msn_jax.io.tokenizer import require_template
 
 HELP = "/reset forgets what was said, /save FILE keeps it, Ctrl-C ends a reply, Ctrl-D or an empty line the chat"
+
+KEPT = 0.75  # of the context's room, when the oldest turns of a chat are dropped
 
 
 def chat(lm: LM, decode: DecodeConfig, system: str | None = None) -> None:
@@ -26,8 +29,14 @@ def chat(lm: LM, decode: DecodeConfig, system: str | None = None) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives `input` line editing and a history)
     start = [] if system is None else [{"role": "system", "content": system}]
-    said = list(start)
     note(HELP)
+    with stream_engine(lm, decode, keep=True) as engine:
+        turns(engine, decode, start)
+
+
+def turns(engine: Engine, decode: DecodeConfig, start: list[dict]) -> None:
+    """Questions and replies until an empty line. start: messages before them, which are never forgotten."""
+    lm, said = engine.lm, list(start)
     while True:
         try:
             text = input("> ").strip()
@@ -49,7 +58,7 @@ def chat(lm: LM, decode: DecodeConfig, system: str | None = None) -> None:
             asked, ids = fitting(lm, [*said, *as_chat(text)], decode.max_new_tokens, keep=len(start))
             if len(asked) <= len(said):
                 note(f"the context is full: the oldest {len(said) + 1 - len(asked)} messages are forgotten")
-            said = [*asked, {"role": "assistant", "content": reply(lm, ids, decode)}]
+            said = [*asked, {"role": "assistant", "content": reply(engine, ids, decode)}]
         except InputError as e:
             note(str(e))
 
@@ -80,13 +89,17 @@ def command(text: str, said: list[dict], start: list[dict]) -> list[dict]:
 def fitting(lm: LM, messages: list[dict], new_tokens: int, keep: int) -> tuple[list[dict], list[int]]:
     """The conversation and its ids, without its oldest turns where they leave no room for `new_tokens`.
 
+    What stays then is at most KEPT of the room: all that stays is read anew, so it should not happen at every turn.
     keep: messages at the beginning that stay. Raises InputError where the last message alone does not fit.
     """
     first, rest = messages[:keep], messages[keep:]
+    room = lm.cfg.max_position - new_tokens
+    enough = room
     while True:
         ids = encode(lm, [*first, *rest])
-        if len(ids) + new_tokens <= lm.cfg.max_position:
+        if len(ids) <= enough or (len(ids) <= room and len(rest) == 1):
             return [*first, *rest], ids
+        enough = KEPT * room
         if len(rest) == 1:
             raise InputError(
                 f"this has {len(ids)} tokens; with {new_tokens} new ones the context is {lm.cfg.max_position}"
@@ -94,17 +107,19 @@ def fitting(lm: LM, messages: list[dict], new_tokens: int, keep: int) -> tuple[l
         rest = rest[2:]  # a question and its reply
 
 
-def reply(lm: LM, ids: list[int], decode: DecodeConfig) -> str:
+def reply(engine: Engine, ids: list[int], decode: DecodeConfig) -> str:
     """Print an answer as it comes; its text. Ctrl-C ends it where it is."""
-    answer = Stream(lm, ids, decode)
+    answer = Stream(engine.lm, ids, decode, engine)
     try:
         for piece in answer:
             print(piece, end="", flush=True)
     except KeyboardInterrupt:
+        answer.close()
         print()
         note("interrupted")
         return answer.text
     print()
     result = answer.result
-    note(f"{len(result.tokens)} tokens, {result.mat:.2f} a pass, {result.tokens_per_s:.1f} tokens/s")
+    read = f"prefill_tokens {answer.request.prefill_tokens} of {result.prompt_tokens}"
+    note(f"{len(result.tokens)} tokens, {result.mat:.2f} a pass, {result.tokens_per_s:.1f} tokens/s; {read}")
     return answer.text

@@ -11,6 +11,8 @@ from msn_jax.errors import InputError, check_fields
 from msn_jax.settings import check_settings, setting
 from msn_jax.shapes import SHAPES
 
+MOST_LOGPROBS = 20  # likeliest tokens of which log-probabilities are given, as in the OpenAI protocol
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeConfig:
@@ -29,10 +31,26 @@ class DecodeConfig:
         0, "draw among the k likeliest tokens", least=0, below=2**31, accepted="0 (all tokens) or more, below 2**31"
     )
     top_p: float = setting(1.0, "draw among the likeliest tokens that sum up to p", above=0, most=1)
+    min_p: float = setting(0.0, "draw among tokens at least so likely as this share of the likeliest", least=0, most=1)
+    repetition_penalty: float = setting(
+        1.0,
+        "divides the positive scores of tokens that occurred, multiplies the negative; 1 none",
+        above=0,
+        below=math.inf,
+    )
     seed: int = setting(0, "of the draws", least=0, below=2**32, accepted="0 to 2**32 - 1")
+    stop: list[str] = setting(about="texts before which a reply ends", factory=list)
+    logprobs: int | None = setting(
+        None,
+        "give the log-probability of each token, and of so many likeliest in its place",
+        least=0,
+        most=MOST_LOGPROBS,
+    )
 
     def __post_init__(self):
         check_settings(self, "")
+        texts = all(isinstance(stop, str) and stop for stop in self.stop)
+        check_fields(self, "", stop=(texts, "a list of texts, none of them empty"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

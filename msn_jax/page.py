@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from msn_jax.decode.engine import Result
+from msn_jax.decode.request import Result
 from msn_jax.decode.sources.retrieval import retrieve
 from msn_jax.io.loading import LM
 from msn_jax.io.tokenizer import TextStream

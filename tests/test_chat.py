@@ -1,10 +1,11 @@
 """The chat: what it remembers, forgets, and survives."""
 
 import json
+import re
 
 import pytest
 
-from msn_jax import DecodeConfig, InputError, chat
+from msn_jax import DecodeConfig, InputError, chat, generate
 from msn_jax.io.tokenizer import require_template
 
 pytestmark = pytest.mark.slow
@@ -62,6 +63,9 @@ def test_ctrl_c_ends_a_reply_and_not_the_chat(talk, monkeypatch):
         def __iter__(self):
             return self
 
+        def close(self):
+            pass
+
         def __next__(self):
             piece = next(pieces)
             if isinstance(piece, BaseException):
@@ -89,6 +93,25 @@ def test_a_full_context_forgets_its_oldest_turns(talk, tiny_lm):
     # What cannot fit by itself is refused, and what was said stays.
     asked, err = talk("ab", "b" * room, "qc")
     assert f"the context is {room}" in err and [m["content"] for m in asked[-1]][::2] == ["ab", "qc"]
+
+
+def test_a_turn_reads_only_what_is_new(talk, tiny_lm):
+    typed = [f"turn {i}{'xyz' * (i % 4)}" for i in range(30)]
+    asked, err = talk(*typed, system="be kind", new=12)
+    told = re.findall(r"prefill_tokens (\d+) of (\d+)", err)
+    read, whole = ([int(n) for n in column] for column in zip(*told, strict=True))
+    forgotten = err.count("the context is full")
+    assert len(read) == 30 and 1 <= forgotten <= 10
+    assert read[0] == whole[0] - 1
+    # The last token of a prompt is the first root: what is new begins with the last one of the reply before.
+    grown = [i for i in range(1, 30) if whole[i] > whole[i - 1]]
+    assert len(grown) == 29 - forgotten
+    assert all(read[i] <= whole[i] - whole[i - 1] for i in grown)
+    # What was too long was asked for as well: the last of each turn was answered, and the next one tells how.
+    answered = [next(m for m in asked[::-1] if m[-1]["content"] == text) for text in typed]
+    replies = [messages[-2]["content"] for messages in answered[1:]]
+    plain = generate(tiny_lm, answered[:-1], method="ar", max_new_tokens=12)
+    assert replies == [r.text for r in plain]
 
 
 def test_a_model_without_a_template_cannot_chat(tiny_lm):

@@ -14,7 +14,8 @@ import pytest
 from msn_jax import DecodeConfig, InputError, generate, stream
 from msn_jax.decode import engine as engine_module
 from msn_jax.decode import loop, seats
-from msn_jax.decode.engine import Engine, Request
+from msn_jax.decode.engine import Engine
+from msn_jax.decode.request import Request
 from msn_jax.decode.sources.recycling import RANKS
 from msn_jax.decode.tree_sets import METHODS
 
@@ -39,7 +40,9 @@ def requests(settings_of):
 
 def mixed(i):
     """Greedy and drawn, with seeds of their own, side by side."""
-    return ({}, {"temperature": 0.9, "seed": 5}, {"temperature": 1.3, "top_k": 7, "seed": i}, DRAWN)[i % 4]
+    penalised = {"repetition_penalty": 1.3}
+    arms = [{}, {"temperature": 0.9, "seed": 5}, {"temperature": 1.3, "top_k": 7, "seed": i}, DRAWN, penalised]
+    return [*arms, DRAWN | penalised | {"min_p": 0.05}][i % 6]
 
 
 def decoded(lm, asked, **settings):
@@ -155,6 +158,38 @@ def test_a_closed_engine_names_what_it_left(tiny_lm):
         engine.submit(Request([3] * 250, DecodeConfig(max_new_tokens=7)))
 
 
+@pytest.mark.parametrize("method", ["ar", "tr-jacobi"])
+def test_rows_that_are_free_keep_what_they_have_read(tiny_lm, monkeypatch, method):
+    monkeypatch.setattr(loop, "bucket", lambda slots: -(-slots // 32) * 32)  # so that the cache changes its size often
+    rng = np.random.default_rng(4)
+    with Engine(tiny_lm, method=method, batch_size=3, cycles=3, keep=True) as engine:
+        texts, saved = [rng.integers(3, 97, 70).tolist() for _ in range(3)], 0
+        for turn in range(40):
+            prompt = texts[turn % 3][: rng.integers(1, 71)] + rng.integers(3, 97, rng.integers(0, 9)).tolist()
+            new = int(rng.integers(1, 40))
+            request = engine.submit(Request(prompt, DecodeConfig(max_new_tokens=new, temperature=1.0, seed=turn)))
+            beside = engine.submit(Request(prompt[:5], DecodeConfig(max_new_tokens=99)))
+            while not request.finished:
+                engine.step()
+                request.cancelled = turn % 5 == 1 and len(request.tokens) > 3
+            beside.cancelled = True
+            engine.step()
+            (plain,) = generate(tiny_lm, [prompt], method="ar", max_new_tokens=new, temperature=1.0, seed=turn)
+            assert request.tokens == plain.tokens[: len(request.tokens)]
+            assert request.finish_reason in ("cancelled", plain.finish_reason)
+            texts[turn % 3] = (prompt + request.tokens)[:120]
+            saved += len(prompt) - 1 - request.prefill_tokens
+        assert saved > 1000
+        first, again = (Request([*range(3, 63)], DecodeConfig(max_new_tokens=9)) for _ in range(2))
+        for request, read in ((first, 59), (again, 0)):
+            engine.submit(request)
+            while not request.finished:
+                engine.step()
+            assert request.prefill_tokens == read
+        assert first.tokens == again.tokens and engine.slots
+    assert not engine.slots
+
+
 def test_two_threads_get_what_one_gets(tiny_lm):
     prompts = [prompt for prompt, _ in ASKED]
     call = lambda: generate(tiny_lm, prompts, max_new_tokens=20, batch_size=4, temperature=0.8, seed=2)
@@ -184,7 +219,8 @@ def test_a_shared_memory_comes_back_from_an_answer_that_is_left(tiny_lm):
 
 SPREAD = """
 import sys, msn_jax
-from msn_jax.decode.engine import Engine, Request
+from msn_jax.decode.engine import Engine
+from msn_jax.decode.request import Request
 ids = [[5 + i % 90] * (1 + 13 * i % 80) for i in range(11)]
 settings = dict(max_new_tokens=20, batch_size=4, temperature=0.8, seed=3, tree="chain4")
 mesh = msn_jax.make_mesh(data=2, tensor=4)

@@ -20,8 +20,8 @@ import uvicorn
 
 from msn_jax import generate
 from msn_jax.decode.engine import Engine
+from msn_jax.decode.stops import StopTexts
 from msn_jax.serve.app import make_app
-from msn_jax.serve.protocol import StopTexts
 from msn_jax.serve.worker import Worker
 
 pytestmark = pytest.mark.slow
@@ -155,7 +155,11 @@ def test_several_replies_to_several_prompts(client, tiny_lm):
         ({"temperature": -1}, openai.BadRequestError, "temperature: "),
         ({"top_p": 0}, openai.BadRequestError, "top_p: "),
         ({"stop": [""]}, openai.BadRequestError, "stop is up to 16 texts"),
-        ({"logprobs": True}, openai.BadRequestError, "logprobs is not supported here"),
+        ({"top_logprobs": 2}, openai.BadRequestError, "top_logprobs needs logprobs: true"),
+        ({"logprobs": True, "top_logprobs": 21}, openai.BadRequestError, "top_logprobs: "),
+        ({"frequency_penalty": 1}, openai.BadRequestError, "frequency_penalty is not supported here"),
+        ({"extra_body": {"min_p": 2}}, openai.BadRequestError, "min_p: "),
+        ({"extra_body": {"repetition_penalty": 0}}, openai.BadRequestError, "repetition_penalty: "),
         ({"extra_body": {"temprature": 1}}, openai.BadRequestError, "temprature is no parameter"),
     ],
 )

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from msn_jax import DecodeConfig
 from msn_jax.decode import verify
+from msn_jax.decode.loop import sampling_of
 from msn_jax.decode.source import fill
 from msn_jax.decode.sources import SOURCES, jacobi
 from msn_jax.decode.tree import EITHER, JACOBI, NOISE, RETRIEVAL, ROOT, TreeSpec
@@ -89,33 +91,83 @@ def test_cut(emitted, count, remaining, kept, stopped):
     assert (int(got[0][0]), bool(got[1][0])) == (kept, stopped)
 
 
-def numpy_keep(logits, top_k, top_p):
-    """Top-k, then top-p, one token at a time in float64."""
-    order = np.argsort(-logits)
-    order = order[: top_k or len(order)]
-    p = np.exp(logits[order] - logits[order].max())
-    p /= p.sum()
-    kept, mass = set(), 0.0
-    for token, q in zip(order, p, strict=True):
-        if mass >= top_p:
-            break
-        kept.add(int(token))
-        mass += q
-    return kept
+def drawn(**settings):
+    return sampling_of(DecodeConfig(**{"temperature": 1.0} | settings))
 
 
-@pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (5, 1.0), (0, 0.7), (8, 0.5), (1, 1.0), (0, 1e-6), (0, 1e-46)])
-def test_keep_top_matches_numpy(top_k, top_p):
-    logits = np.random.default_rng(0).normal(size=(4, 50)) * 2
-    got = jax.jit(verify.keep_top)(jnp.asarray(logits, jnp.float32), jnp.int32(top_k), jnp.float32(top_p))
-    for row, kept in zip(logits, np.isfinite(got), strict=True):
-        assert set(np.flatnonzero(kept)) == numpy_keep(row, top_k, top_p)
+def numpy_keep(logits, top_k=0, top_p=1.0, min_p=0.0):
+    """Top-k, then top-p, then min-p, one token at a time in float64."""
+    logits = np.asarray(logits, np.float64)
+    at_k = [t for t in range(len(logits)) if not top_k or (logits > logits[t]).sum() < top_k]
+    p = np.exp(logits - logits.max())
+    mass = p[at_k].sum()
+    # 1 keeps all: it is asked of a sum that is rounded.
+    at_p = [t for t in at_k if top_p == 1 or sum(p[u] for u in at_k if p[u] > p[t]) < top_p * mass]
+    return {t for t in at_p if p[t] >= min_p}
+
+
+keep_top = jax.jit(verify.keep_top)
+
+
+def kept_of(logits, top_k, top_p, min_p):
+    got = keep_top(logits, jnp.int32(top_k), jnp.float32(top_p), jnp.float32(min_p))
+    return [set(np.flatnonzero(row)) for row in np.isfinite(got)]
+
+
+@pytest.mark.parametrize(
+    "top_k, top_p, min_p",
+    [
+        (0, 1.0, 0),
+        (5, 1.0, 0),
+        (0, 0.7, 0),
+        (8, 0.5, 0),
+        (1, 1.0, 0),
+        (0, 1e-6, 0),
+        (0, 1e-46, 0),
+        (0, 1.0, 0.1),
+        (9, 0.9, 0.3),
+        (0, 1.0, 1.0),
+        (60, 1.0, 0),
+    ],
+)
+def test_keep_top_matches_numpy(top_k, top_p, min_p):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(6, 50)) * 2
+    logits[3] -= 100  # all negative
+    logits[4] = np.round(logits[4])  # ties at every edge, and both zeros
+    logits[5] = np.where(rng.random(50) < 0.5, -0.0, 0.0)
+    logits = logits.astype(np.float32)
+    expected = [numpy_keep(row, top_k, top_p, min_p) for row in logits]
+    assert kept_of(jnp.asarray(logits), top_k, top_p, min_p) == expected
+    assert top_k != 5 or len(expected[4]) > 5  # a tie at the edge
+
+
+def test_rows_keep_by_their_own_settings():
+    logits = np.random.default_rng(1).normal(size=(4, 30)).astype(np.float32) * 3
+    settings = [(3, 1.0, 0.0), (0, 0.8, 0.0), (0, 1.0, 0.2), (0, 1.0, 0.0)]
+    assert kept_of(jnp.asarray(logits), *map(np.array, zip(*settings, strict=True))) == [
+        numpy_keep(row, *of_row) for row, of_row in zip(logits, settings, strict=True)
+    ]
+
+
+def test_a_penalty_is_that_of_what_was_seen():
+    # The published rule, one token at a time.
+    rng = np.random.default_rng(2)
+    logits, text = rng.normal(size=(2, 9)).astype(np.float32), rng.integers(0, 9, (2, 7)).astype(np.int32)
+    last, penalty = np.array([2, 5]), np.float32([1.5, 0.8])
+    got = verify.penalised(logits, verify.seen_tokens(jnp.asarray(text), jnp.asarray(last), 9), jnp.asarray(penalty))
+    for row in range(2):
+        for token in range(9):
+            score = logits[row, token]
+            if token in text[row, : last[row] + 1]:
+                score = score * penalty[row] if score < 0 else score / penalty[row]
+            np.testing.assert_allclose(got[row, token], score, rtol=1e-6)
 
 
 @pytest.mark.slow
 def test_near_ties_of_sampling_are_those_that_change_the_draw():
     # The edges of top-k and top-p moved by hand: sets of tokens in NumPy, the best of each by its score.
-    n, zero, one, rng = 800, jnp.int32(0), jnp.float32(1), np.random.default_rng(1)
+    n, zero, rng = 800, jnp.int32(0), np.random.default_rng(1)
     logits = rng.normal(size=(n, 6)).astype(np.float32)
     logits[::2, 0] = logits[::2, 1] + 5e-4
     order = np.argsort(-logits)
@@ -123,10 +175,10 @@ def test_near_ties_of_sampling_are_those_that_change_the_draw():
     mass = (p / p.sum(axis=1, keepdims=True)).cumsum(axis=1)[:, 2]
     top_p = (mass + np.resize([-5e-4, 5e-4, -2e-3, 2e-3], n)).astype(np.float32)  # half of them close to the edge
     at = jnp.arange(n)
-    sampling = verify.Sampling(one, zero, one, jnp.uint32(3))
+    sampling = drawn(seed=3)
     scores = logits + np.asarray(verify.sampling_scores(jnp.zeros((n, 6)), at, jnp.zeros(n, jnp.int32), sampling))
 
-    per_row = verify.Sampling(None, None, 0, None)
+    per_row = verify.Sampling(None, None, 0, None, None, None)
     by_p = jax.vmap(verify.near_tie, (0, 0, None, per_row))(logits, at, zero, sampling.replace(top_p=top_p))
     cut = sampling.replace(top_k=jnp.int32(3))
     by_k = jax.vmap(verify.near_tie, (0, 0, None, None))(logits, at, zero, cut)
@@ -144,7 +196,7 @@ def test_near_ties_of_sampling_are_those_that_change_the_draw():
 
 @pytest.mark.slow
 def test_near_ties_of_greedy_decoding_are_close_scores():
-    greedy = verify.Sampling(jnp.float32(0), jnp.int32(0), jnp.float32(1), jnp.uint32(0))
+    greedy = drawn(temperature=0)
     tie = lambda *logits: bool(verify.near_tie(jnp.array(logits), jnp.int32(3), jnp.int32(0), greedy))
     assert tie(1.0, 2.0, 2.0005) and not tie(1.0, 2.0, 2.0015) and not tie(1.0, 1.0, 2.0)
 
@@ -153,7 +205,7 @@ def test_near_ties_of_greedy_decoding_are_close_scores():
 def test_samples_follow_the_softmax():
     logits = jnp.array([1.0, 0.0, -1.0, 2.0])
     n = 4000
-    sampling = verify.Sampling(jnp.float32(0.7), jnp.int32(3), jnp.float32(1.0), jnp.uint32(5))
+    sampling = drawn(temperature=0.7, top_k=3, seed=5)
     rows = jnp.tile(logits, (n, 1))
     draws = jnp.argmax(verify.sampling_scores(rows, jnp.arange(n), jnp.zeros(n, jnp.int32), sampling), axis=-1)
     p = np.exp(np.array([1.0, 0.0, -np.inf, 2.0]) / 0.7)
@@ -167,9 +219,8 @@ def test_samples_follow_the_softmax():
 @pytest.mark.slow
 def test_noise_depends_on_seed_request_and_position():
     logits = jnp.zeros((1, 8))
-    base = dict(temperature=jnp.float32(1), top_k=jnp.int32(0), top_p=jnp.float32(1))
     at = lambda seed, request, position: verify.sampling_scores(
-        logits, jnp.array([position]), jnp.array([request]), verify.Sampling(seed=jnp.uint32(seed), **base)
+        logits, jnp.array([position]), jnp.array([request]), drawn(seed=seed)
     )
     one = at(1, 2, 3)
     np.testing.assert_array_equal(one, at(1, 2, 3))

@@ -7,7 +7,6 @@ done. Every request has the tokens that it has alone: its noise is keyed by its 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import threading
 import time
@@ -21,7 +20,9 @@ import numpy as np
 
 from msn_jax.config import DecodeConfig
 from msn_jax.decode import loop, seats
+from msn_jax.decode.request import Request
 from msn_jax.decode.sources import sources_of
+from msn_jax.decode.stops import tokens_until_stop
 from msn_jax.decode.tree import TreeSet
 from msn_jax.decode.tree_sets import tree_set
 from msn_jax.errors import InputError
@@ -34,55 +35,11 @@ logger = logging.getLogger("msn_jax")
 PREFILL_CHUNK = {"cpu": 64}
 ACCELERATOR_CHUNK = 512
 CHUNKS_BETWEEN = 4  # prefill passes between two calls of the loop, while other rows wait for it
-CYCLES_BETWEEN = 4  # passes of a call while a prompt is half read
+CYCLES_BETWEEN = 4  # passes of a call while a prompt is half read, or a stop text is looked for
+LOGPROBS_CHUNK = 64  # tokens whose log-probabilities one pass gives
 UNTIL_DONE = 2**31 - 1
 SMALL = 512  # slots that a reply is given at once, however short it may turn out
 AHEAD = 256  # beyond them: new tokens that there is room for before the cache grows
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Result:
-    """What became of one prompt. The fields of a row of decode.py --out."""
-
-    id: Any
-    prompt_tokens: int
-    tokens: list[int]  # generated ids, the stop token included
-    text: str  # of the tokens, as it stands behind the prompt; without special tokens
-    finish_reason: str  # "stop" or "length"
-    forwards: int  # model passes after prefill
-    accepted: list[int]  # tokens that each pass emitted
-    seconds: float  # generation without compilation; of passes that it shared with other rows, its part
-    prefill_seconds: float
-    method: str
-
-    @property
-    def mat(self) -> float:
-        """Mean accepted tokens: tokens a pass."""
-        return len(self.tokens) / self.forwards
-
-    @property
-    def tokens_per_s(self) -> float:
-        return len(self.tokens) / self.seconds
-
-
-@dataclasses.dataclass(eq=False)
-class Request:
-    """One prompt on its way through an engine. `tokens` grows; the last fields are whole once it is finished."""
-
-    prompt: list[int]
-    decode: DecodeConfig  # of which all but the method, the tree and the batch size count
-    number: int = 0  # its noise is keyed by it, and by the seed
-    id: Any = None
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    cancelled: bool = False  # set it to have the row for somebody else
-    finish_reason: str | None = None  # "stop", "length" or "cancelled"; None: not finished
-    accepted: list[int] = dataclasses.field(default_factory=list)  # tokens that each pass emitted
-    seconds: float = 0.0
-    prefill_seconds: float = 0.0
-
-    @property
-    def finished(self) -> bool:
-        return self.finish_reason is not None
 
 
 class Engine:
@@ -100,18 +57,22 @@ class Engine:
         batch_size: int = 1,
         rows: int | None = None,
         cycles: int = UNTIL_DONE,
+        keep: bool = False,
     ):
         """rows: of the loop, as many as `batch_size` unless there are fewer prompts; cycles: the most of one call.
 
+        keep: rows that are free keep what they have read. A prompt that begins alike goes on from there, and the cache
+        stays until `close`.
         Raises InputError for an impossible method or tree.
         """
-        self.lm, self.method, self.cycles = lm, method, cycles
+        self.lm, self.method, self.cycles, self.keep = lm, method, cycles, keep
         self.trees = trees_of(lm, method, tree, batch_size)
         self.chunk = PREFILL_CHUNK.get(lm.backend, ACCELERATOR_CHUNK)
         self._lock = threading.Lock()
         self._waiting: deque[Request] = deque()
         self._rows: list[Request | None] = [None] * (rows or batch_size)
         self._read: dict[int, int] = {}  # of rows whose prompt is not all read: how far
+        self._left: list[list[int]] = [[]] * self.size  # of rows that are free: the text that they have read
         self._state: loop.DecodeState | None = None
         self._shared: frozenset[str] = frozenset()  # sources whose memory all rows, and all calls, share
         self._call: tuple[loop.Progress, float, list[int]] | None = None  # on the device: what it shows, begun, rows
@@ -156,7 +117,8 @@ class Engine:
         with self._lock, self._on_mesh():
             moved = list(dict.fromkeys([*self._collect(), *self._end_cancelled()]))  # each once
             if not self._waiting and not any(self._rows):
-                self._release()
+                if not self.keep:
+                    self._release()
                 return moved
             self._seat()
             self._prefill()
@@ -185,7 +147,7 @@ class Engine:
             for name in self._shared:
                 self.lm.memory[name] = self._state.drafts[name]
         self._state, self._call, self._read = None, None, {}
-        self._rows = [None] * len(self._rows)
+        self._rows, self._left = [None] * self.size, [[]] * self.size
 
     def _collect(self) -> list[Request]:
         if self._call is None:
@@ -198,13 +160,46 @@ class Engine:
             request = self._rows[row]
             request.seconds += seconds / len(rows)
             start = len(request.prompt) + len(request.tokens)
+            known = len(request.tokens)
             request.tokens += host.tokens[row, start : host.last[row] + 1].tolist()
-            if host.done[row]:
+            stop = self._stop(request, known)
+            if host.done[row] or stop:
                 request.accepted = host.accepted[row, : host.forwards[row]].tolist()
                 request.finish_reason = "stop" if host.stopped[row] else "length"
-                self._rows[row] = None
+            if stop:
+                request.end_at(stop)
+            self._add_logprobs(row, request, known)
+            if request.finished:
+                if not host.done[row]:
+                    self._state = seats.end(self._state, np.int32(row))
+                self._leave(row, len(request.prompt) + len(request.tokens) - 1)
             moved.append(request)
         return moved
+
+    def _stop(self, request: Request, known: int) -> int | None:
+        """Tokens that a reply has when a stop text is whole in it, beyond those known before."""
+        text_of = lambda tokens: to_text(self.lm.tokenizer, tokens, after=request.prompt)
+        return tokens_until_stop(text_of, request.tokens, known, request.decode.stop)
+
+    def _add_logprobs(self, row: int, request: Request, known: int) -> None:
+        """Log-probabilities of the new tokens: one more pass over them, in chunks, so that others pay nothing."""
+        if request.decode.logprobs is None:
+            return
+        began = time.perf_counter()
+        at, end = len(request.prompt) + known - 1, len(request.prompt) + len(request.tokens) - 1
+        while at < end:
+            start = min(at, self.slots - LOGPROBS_CHUNK - 1)
+            found = jax.device_get(self._logprobs(self._state, row, start))
+            of_token, ids, top = (x[at - start : end - start].tolist() for x in found)
+            request.logprobs += of_token
+            pairs = (list(zip(*both, strict=True)) for both in zip(ids, top, strict=True))
+            request.top_logprobs += [likeliest[: request.decode.logprobs] for likeliest in pairs]
+            at = start + LOGPROBS_CHUNK
+        request.seconds += time.perf_counter() - began
+
+    def _logprobs(self, state: loop.DecodeState, row: int, start: int):
+        sizes = dict(cfg=self.lm.cfg, chunk=LOGPROBS_CHUNK, dtype=state.activations)
+        return seats.logprobs_row(self.lm.params, state.cache, state.tokens, np.int32(row), np.int32(start), **sizes)
 
     def _end_cancelled(self) -> list[Request]:
         gone = [request for request in list(self._waiting) if request.cancelled]  # others may be submitted meanwhile
@@ -214,25 +209,35 @@ class Engine:
         for row, request in enumerate(self._rows):
             if request is not None and request.cancelled:
                 self._state = seats.end(self._state, np.int32(row))
-                self._read.pop(row, None)
                 request.finish_reason = "cancelled"
-                self._rows[row] = None
+                self._leave(row, self._read.pop(row, len(request.prompt) + len(request.tokens) - 1))
                 gone.append(request)
         return gone
+
+    def _leave(self, row: int, read: int) -> None:
+        """Free a row. read: tokens of its text whose keys and values it holds."""
+        request, self._rows[row] = self._rows[row], None
+        self._left[row] = [*request.prompt, *request.tokens][:read] if self.keep else []
 
     def _seat(self) -> None:
         """Give the rows that are free to those who wait longest, and the cache the size that all need."""
         came = []
-        for row, held in enumerate(self._rows):
-            if held is None and self._waiting:
-                self._rows[row] = self._waiting.popleft()
-                came.append(row)
+        while self._waiting and self.running < self.size:
+            request = self._waiting.popleft()
+            free = [row for row, held in enumerate(self._rows) if held is None]
+            # The one that has read most of it already; of several that which has least to lose.
+            row = max(free, key=lambda row: (alike(self._left[row], request.prompt), -len(self._left[row])))  # noqa: B023
+            self._rows[row] = request
+            came.append(row)
         self._fit()
+        if any(request and request.decode.logprobs is not None for request in self._rows):
+            self._warm_logprobs()
         for row in came:
             request = self._rows[row]
             seat = seats.seat_of(request.prompt, request.decode, request.number, self.slots)
             self._state = seats.place(self._state, np.int32(row), seat)
-            self._read[row] = 0
+            self._read[row] = alike(self._left[row], request.prompt[:-1])
+            self._left[row] = []
 
     def _fit(self) -> None:
         """Make the cache, or make it larger where a row has no room for another pass, or smaller where half will do."""
@@ -250,6 +255,7 @@ class Engine:
             self._warm(wanted, {name: jnp.zeros_like(self._state.drafts[name]) for name in self._shared})
             sizes = dict(trees=self.trees, shared=self._shared, slots=wanted)
             self._state = seats.resize(self._state, cfg=self.lm.cfg, **sizes)
+            self._left = [left[: wanted - self.trees.width - 1] for left in self._left]  # as `resize` cuts them
 
     def _need(self, request: Request, new_tokens: int | None = None) -> int:
         """Slots for so many new tokens; None: for all that it may ask for."""
@@ -265,13 +271,15 @@ class Engine:
         """Read the prompts of rows that came, in chunks, of which not many where other rows could go on."""
         left = CHUNKS_BETWEEN if self._live() else UNTIL_DONE
         for row, at in list(self._read.items()):
-            request = self._rows[row]
-            began = time.perf_counter()
-            while at < len(request.prompt) - 1 and left > 0:
+            request, begin = self._rows[row], at
+            began, last = time.perf_counter(), len(request.prompt) - 1
+            while at < last and left > 0:
+                at = min(at, self.slots - self.chunk)  # what is read again stays as it is
                 self._state = self._read_chunk(self._state, row, at)
-                at, left = at + self.chunk, left - 1
+                at, left = min(at + self.chunk, last), left - 1
+            request.prefill_tokens += at - begin
             self._read[row] = at
-            if at >= len(request.prompt) - 1:
+            if at == last:
                 self._state = self._start(self._state, row)
                 del self._read[row]
             jax.block_until_ready((self._state.done, self._state.cache.v[-1]))
@@ -291,7 +299,8 @@ class Engine:
     def _run(self) -> None:
         rows = self._live()
         if rows:
-            cycles = min(self.cycles, CYCLES_BETWEEN) if self._read else self.cycles
+            look = bool(self._read) or any(self._rows[row].decode.stop for row in rows)
+            cycles = min(self.cycles, CYCLES_BETWEEN) if look else self.cycles
             began = time.perf_counter()
             self._state, progress = self._cycles(self._state, cycles, len(self._rows) - len(rows) + 1)
             self._call = progress, began, rows
@@ -325,6 +334,17 @@ class Engine:
         jax.block_until_ready(state)
         self.lm.ran.add(program)
 
+    def _warm_logprobs(self) -> None:
+        program = "logprobs", self.size, self.slots
+        if program not in self.lm.ran:
+            jax.block_until_ready(self._logprobs(self._state, 0, 0))
+            self.lm.ran.add(program)
+
+
+def alike(left: list[int], right: list[int]) -> int:
+    """With how many tokens both begin."""
+    return next((i for i, (a, b) in enumerate(zip(left, right)) if a != b), min(len(left), len(right)))
+
 
 def trees_of(lm: LM, method: str, tree: str | None, batch_size: int) -> TreeSet:
     """The trees of a method with this model. Raises InputError where its adapter has too little noise for them."""
@@ -346,19 +366,3 @@ def check_length(lm: LM, prompt: Sequence[int], new_tokens: int, name: str = "th
             f"{name} has {len(prompt)} tokens, with {new_tokens} new ones {total}; "
             f"the model's context is {lm.cfg.max_position}"
         )
-
-
-def result_of(lm: LM, request: Request, method: str) -> Result:
-    """What became of a request that is finished."""
-    return Result(
-        id=request.id,
-        prompt_tokens=len(request.prompt),
-        tokens=request.tokens,
-        text=to_text(lm.tokenizer, request.tokens, after=request.prompt),
-        finish_reason=request.finish_reason,
-        forwards=len(request.accepted),
-        accepted=request.accepted,
-        seconds=request.seconds,
-        prefill_seconds=request.prefill_seconds,
-        method=method,
-    )

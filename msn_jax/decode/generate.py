@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Never
 
@@ -13,9 +15,11 @@ import numpy as np
 
 from msn_jax.config import DecodeConfig
 from msn_jax.decode import loop
-from msn_jax.decode.engine import UNTIL_DONE, Engine, Request, Result, check_length, result_of
+from msn_jax.decode.engine import UNTIL_DONE, Engine, check_length
 from msn_jax.decode.prompts import encode, shown
-from msn_jax.decode.verify import near_tie
+from msn_jax.decode.request import Request, Result, result_of
+from msn_jax.decode.stops import StopTexts
+from msn_jax.decode.verify import near_tie, penalised, seen_tokens
 from msn_jax.errors import InputError
 from msn_jax.io.loading import LM
 from msn_jax.io.tokenizer import TextStream
@@ -31,6 +35,11 @@ def _refuse_unknown(settings: Mapping[str, Any]) -> None:
         raise InputError(f"{name} is no setting; accepted: {known}")
 
 
+def _texts(stop: Any) -> Any:
+    """One text or several as the list of a setting; what is neither stays, to be refused."""
+    return [stop] if isinstance(stop, str) else list(stop) if isinstance(stop, Iterable) else stop
+
+
 def generate(
     lm: LM,
     prompts: Sequence,
@@ -42,7 +51,11 @@ def generate(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
+    stop: Sequence[str] = (),
+    logprobs: int | None = None,
     **unknown: Never,
 ) -> list[Result]:
     """Generate for each prompt: a text, a conversation, or token ids (see `encode`).
@@ -59,7 +72,11 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
         seed=seed,
+        stop=_texts(stop),
+        logprobs=logprobs,
     )
     if not isinstance(prompts, Iterable) or isinstance(prompts, (str, bytes, Mapping)):
         raise InputError(f"prompts is {shown(prompts)}; accepted: a list of prompts")
@@ -81,11 +98,14 @@ class Stream:
 
     result: Result | None = None  # of the whole answer, when the iterator is at its end
 
-    def __init__(self, lm: LM, prompt: str | Sequence, decode: DecodeConfig):
+    def __init__(self, lm: LM, prompt: str | Sequence, decode: DecodeConfig, engine: Engine | None = None):
+        """engine: of `stream_engine`, where another answer goes on from what this one has read."""
         ids = encode(lm, prompt)
         _check_lengths(lm, [ids], decode)
-        self._text = TextStream(lm.tokenizer, after=ids)
-        self._cycles = _one_streamed(_engine(lm, decode, 1, STREAM_CYCLES), Request(ids, decode))
+        self._text, self._stops = TextStream(lm.tokenizer, after=ids), StopTexts(decode.stop)
+        self.request = Request(ids, decode)
+        own = contextlib.nullcontext(engine) if engine else stream_engine(lm, decode, keep=False)
+        self._cycles = _one_streamed(own, self.request)
         self.text = ""  # so far
 
     def __iter__(self) -> Iterator[str]:
@@ -94,13 +114,23 @@ class Stream:
     def __next__(self) -> str:
         while self.result is None:
             try:
-                piece = self._text.add(next(self._cycles))
+                piece, _ = self._stops.add(self._text.add(next(self._cycles)))
             except StopIteration as end:
-                self.result, piece = end.value, self._text.flush()
+                self.result = end.value
+                piece = self._stops.add(self._text.flush())[0] + self._stops.flush()
             if piece:
                 self.text += piece
                 return piece
         raise StopIteration
+
+    def close(self) -> None:
+        """Leave the answer where it is."""
+        self._cycles.close()
+
+
+def stream_engine(lm: LM, decode: DecodeConfig, *, keep: bool) -> Engine:
+    """An engine for one answer after the other as they come. keep: see `Engine`."""
+    return _engine(lm, decode, 1, STREAM_CYCLES, keep)
 
 
 def stream(
@@ -113,7 +143,11 @@ def stream(
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
+    stop: Sequence[str] = (),
+    logprobs: int | None = None,
     **unknown: Never,
 ) -> Stream:
     """The answer to one prompt, as an iterator of its text; its tokens are those of `generate(lm, [prompt])`.
@@ -129,7 +163,11 @@ def stream(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
         seed=seed,
+        stop=_texts(stop),
+        logprobs=logprobs,
     )
     return Stream(lm, prompt, decode)
 
@@ -158,8 +196,9 @@ def _check_lengths(lm: LM, prompts: Sequence[list[int]], decode: DecodeConfig) -
         check_length(lm, prompt, decode.max_new_tokens, f"prompt {number}")
 
 
-def _engine(lm: LM, decode: DecodeConfig, rows: int, cycles: int = UNTIL_DONE) -> Engine:
-    return Engine(lm, method=decode.method, tree=decode.tree, batch_size=decode.batch_size, rows=rows, cycles=cycles)
+def _engine(lm: LM, decode: DecodeConfig, rows: int, cycles: int = UNTIL_DONE, keep: bool = False) -> Engine:
+    what = dict(method=decode.method, tree=decode.tree, batch_size=decode.batch_size)
+    return Engine(lm, rows=rows, cycles=cycles, keep=keep, **what)
 
 
 def _in_order(engine: Engine, requests: list[Request], size: int) -> Iterator[list[Result]]:
@@ -177,15 +216,20 @@ def _in_order(engine: Engine, requests: list[Request], size: int) -> Iterator[li
             yield [result_of(engine.lm, request, engine.method) for request in batch]
 
 
-def _one_streamed(engine: Engine, request: Request) -> Generator[list[int], None, Result]:
+def _one_streamed(own: AbstractContextManager[Engine], request: Request) -> Generator[list[int], None, Result]:
     """The new ids of every few passes, while the next ones run; returns the result. Its reader's time counts too."""
     sent = 0
-    with engine:
+    with own as engine:
         engine.submit(request)
-        while not request.finished:
-            engine.step()
-            yield request.tokens[sent:]
-            sent = len(request.tokens)
+        try:
+            while not request.finished:
+                engine.step()
+                yield request.tokens[sent:]
+                sent = len(request.tokens)
+        finally:
+            if not request.finished:  # its reader has left
+                request.cancelled = True
+                engine.step()
     return result_of(engine.lm, request, engine.method)
 
 
@@ -203,4 +247,6 @@ def is_near_tie(lm: LM, ids: Sequence[int], decode: DecodeConfig, request: int =
 def _near_tie(params, tokens, length, request, sampling, *, cfg, dtype):
     hidden, _ = forward(params, cfg, tokens, jnp.arange(tokens.shape[1])[None], dtype=dtype)
     logits = unembed(params, cfg, jax.lax.dynamic_index_in_dim(hidden, length - 1, axis=1, keepdims=False))
+    seen = seen_tokens(tokens, jnp.full(1, length - 1), cfg.vocab_size)
+    logits = penalised(logits, seen, sampling.repetition_penalty[None])
     return near_tie(logits[0], jnp.int32(length), jnp.int32(request), sampling)

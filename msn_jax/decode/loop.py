@@ -151,6 +151,8 @@ def sampling_of(decode: DecodeConfig) -> verify.Sampling:
         temperature=jnp.float32(decode.temperature),
         top_k=jnp.int32(decode.top_k),
         top_p=jnp.float32(decode.top_p),
+        min_p=jnp.float32(decode.min_p),
+        repetition_penalty=jnp.float32(decode.repetition_penalty),
         seed=jnp.uint32(decode.seed),
     )
 
@@ -214,7 +216,8 @@ def tree_pass(
     logits = unembed(params, cfg, hidden)
 
     greedy = best_token(logits)
-    target = verify.targets(tree, logits, greedy, tokens, valid, last, state.request, state.sampling)
+    settled = state.request, state.sampling, state.tokens
+    target = verify.targets(tree, logits, greedy, tokens, valid, last, *settled)
     best, emitted, count = verify.accept(tree, tokens, valid, target)
     seen = Seen(tokens, valid, hidden, logits, greedy, best, tree)
 

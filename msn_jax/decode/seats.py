@@ -15,13 +15,13 @@ from flax import struct
 from jax import Array
 
 from msn_jax.cache import KVCache, waiting_for
-from msn_jax.config import DecodeConfig
+from msn_jax.config import MOST_LOGPROBS, DecodeConfig
 from msn_jax.decode import verify
 from msn_jax.decode.loop import DecodeState, sampling_of
 from msn_jax.decode.source import ask
 from msn_jax.decode.sources import sources_of
 from msn_jax.decode.tree import TreeSet
-from msn_jax.model import forward
+from msn_jax.model import forward, unembed
 from msn_jax.model_config import ModelConfig
 from msn_jax.params import Params
 from msn_jax.sharding import constrain
@@ -67,15 +67,20 @@ def place(state: DecodeState, row: Array, seat: Seat) -> DecodeState:
     )
 
 
+def _forward_row(params, cache, tokens, row, start, *, cfg, chunk, dtype):
+    """`forward` of tokens[row, start : start + chunk]."""
+    part = jax.lax.dynamic_slice(tokens, (row, start), (1, chunk))
+    of_row = lambda kv: jax.lax.dynamic_slice_in_dim(kv, row, 1)
+    alone = KVCache(jax.tree.map(of_row, cache.k), jax.tree.map(of_row, cache.v), start[None])
+    return forward(params, cfg, part, (start + jnp.arange(chunk))[None], None, alone, dtype=dtype)
+
+
 @partial(jax.jit, static_argnames=("cfg", "chunk", "dtype"), donate_argnames="cache")
 def prefill_row(
     params: Params, cache: KVCache, tokens: Array, row: Array, start: Array, *, cfg: ModelConfig, chunk: int, dtype=None
 ) -> KVCache:
     """`loop.prefill_chunk` of one row of tokens int32[B, S]: keys and values of tokens[row, start : start + chunk]."""
-    part = jax.lax.dynamic_slice(tokens, (row, start), (1, chunk))
-    of_row = lambda kv: jax.lax.dynamic_slice_in_dim(kv, row, 1)
-    alone = KVCache(jax.tree.map(of_row, cache.k), jax.tree.map(of_row, cache.v), start[None])
-    _, new = forward(params, cfg, part, (start + jnp.arange(chunk))[None], None, alone, dtype=dtype)
+    _, new = _forward_row(params, cache, tokens, row, start, cfg=cfg, chunk=chunk, dtype=dtype)
     at = waiting_for(new[-1][1][:, 0, 0, 0], start[None])[0]
 
     def store(old, kv):
@@ -84,6 +89,21 @@ def prefill_row(
 
     k, v = zip(*new, strict=True)
     return cache.replace(k=jax.tree.map(store, cache.k, k), v=jax.tree.map(store, cache.v, v))
+
+
+@partial(jax.jit, static_argnames=("cfg", "chunk", "dtype"))
+def logprobs_row(
+    params: Params, cache: KVCache, tokens: Array, row: Array, start: Array, *, cfg: ModelConfig, chunk: int, dtype=None
+) -> tuple[Array, Array, Array]:
+    """Log-probabilities of the tokens at start + 1 .. start + chunk of a row, and of the MOST_LOGPROBS likeliest there.
+
+    Before `start` the cache must hold the row. Returns (float32[chunk], ids int32[chunk, n], float32[chunk, n]).
+    """
+    hidden, _ = _forward_row(params, cache, tokens, row, start, cfg=cfg, chunk=chunk, dtype=dtype)
+    logprobs = jax.nn.log_softmax(unembed(params, cfg, hidden)[0], axis=-1)
+    emitted = jax.lax.dynamic_slice(tokens, (row, start + 1), (1, chunk))[0]
+    top, ids = jax.lax.top_k(logprobs, min(MOST_LOGPROBS, cfg.vocab_size))
+    return jnp.take_along_axis(logprobs, emitted[:, None], axis=1)[:, 0], ids, top
 
 
 @partial(jax.jit, static_argnames=("cfg", "trees", "shared"), donate_argnames="state")

@@ -64,7 +64,7 @@ def main() -> None:
         lm = load(args.ckpt, args.adapter, args.dtype, mesh)
     if lm.backend == "cpu":
         print(f"{args.dtype} on {kernels.describe()}", file=sys.stderr)
-    settings = dict(method=args.method, tree=args.tree, batch_size=args.batch_size, cycles=STREAM_CYCLES)
+    settings = dict(method=args.method, tree=args.tree, batch_size=args.batch_size, cycles=STREAM_CYCLES, keep=True)
     worker = Worker(Engine(lm, **settings), args.max_waiting)
     name = args.name or Path(args.ckpt).name
     app = make_app(lm, worker, name, os.environ.get(KEY) or None)

@@ -21,12 +21,21 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as Http
 
 from msn_jax.config import DecodeConfig
-from msn_jax.decode.engine import Request
 from msn_jax.decode.prompts import encode
+from msn_jax.decode.request import Request
+from msn_jax.decode.stops import StopTexts
 from msn_jax.errors import InputError
 from msn_jax.io.loading import LM
 from msn_jax.io.tokenizer import TextStream
-from msn_jax.serve.protocol import ChatAsked, CompletionAsked, Refused, StopTexts, usage
+from msn_jax.serve.protocol import (
+    ChatAsked,
+    CompletionAsked,
+    Logprob,
+    Refused,
+    chat_logprobs,
+    completion_logprobs,
+    usage,
+)
 from msn_jax.serve.worker import FAILED, Busy, Worker
 
 MOST_BYTES = 2**22  # of a request's body
@@ -43,6 +52,16 @@ class Choice:
     stops: StopTexts
     finish_reason: str | None = None
     tokens: int = 0
+    told: int = 0  # tokens whose log-probabilities have been given away
+    offset: int = 0  # characters of their texts
+
+    def new_logprobs(self) -> list[Logprob] | None:
+        """Of the tokens since the last call; None where nobody asked for them."""
+        request, new = self.request, slice(self.told, self.tokens)
+        if request.decode.logprobs is None:
+            return None
+        self.told = self.tokens
+        return list(zip(request.tokens[new], request.logprobs[new], request.top_logprobs[new], strict=True))
 
     def add(self, ids: list[int], reason: str | None) -> str:
         """The text that new ids make; sets why it ended, where it did."""
@@ -166,12 +185,23 @@ class Form:
     streamed_kind: str
     piece: Callable[[str, bool], dict]  # of a text, and whether it is the first of its choice
     whole: Callable[[str], dict]
+    spelled: Callable[[list[Logprob], Callable[[int], str], int], dict]  # of new tokens, after so many characters
 
     def __post_init__(self):
         self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.server.name}
 
     def object(self, kind: str, choices: list[dict], **more) -> dict:
         return {**self.head, "object": kind, "choices": choices, **more}
+
+    def logprobs(self, choice: Choice) -> dict | None:
+        """Of the tokens that came since it was last asked."""
+        text_of = lambda token: self.server.lm.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        new = choice.new_logprobs()
+        if new is None:
+            return None
+        before = choice.offset
+        choice.offset += sum(len(text_of(token)) for token, _, _ in new)
+        return self.spelled(new, text_of, before)
 
     async def respond(self, http: Http, asked: ChatAsked | CompletionAsked, answer: Answer) -> Response:
         if asked.stream:
@@ -192,10 +222,9 @@ class Form:
         finally:
             reading.cancel()
             answer.close()
-        ends = [choice.finish_reason for choice in answer.choices]
         choices = [
-            {"index": i, "logprobs": None, "finish_reason": end, **self.whole(text)}
-            for i, (text, end) in enumerate(zip(texts, ends, strict=True))
+            {"index": i, "logprobs": self.logprobs(c), "finish_reason": c.finish_reason, **self.whole(text)}
+            for i, (text, c) in enumerate(zip(texts, answer.choices, strict=True))
         ]
         return JSONResponse(self.object(self.kind, choices, usage=answer.usage()))
 
@@ -204,8 +233,8 @@ class Form:
         begun, none = set(), {"usage": None} if with_usage else {}
         try:
             async for index, text in answer.pieces():
-                end = answer.choices[index].finish_reason
-                head = {"index": index, "logprobs": None, "finish_reason": end}
+                told = answer.choices[index]
+                head = {"index": index, "logprobs": self.logprobs(told), "finish_reason": told.finish_reason}
                 choice = head | self.piece(text, index not in begun)
                 begun.add(index)
                 yield event(self.object(self.streamed_kind, [choice], **none))
@@ -221,11 +250,13 @@ class Form:
 def chat_form(server: Server) -> Form:
     said = lambda text, first: {"delta": ({"role": "assistant"} if first else {}) | {"content": text}}
     whole = lambda text: {"message": {"role": "assistant", "content": text}}
-    return Form(server, "chatcmpl", "chat.completion", "chat.completion.chunk", said, whole)
+    spelled = lambda new, text_of, _: chat_logprobs(new, text_of)
+    return Form(server, "chatcmpl", "chat.completion", "chat.completion.chunk", said, whole, spelled)
 
 
 def completion_form(server: Server) -> Form:
-    return Form(server, "cmpl", "text_completion", "text_completion", lambda t, _: {"text": t}, lambda t: {"text": t})
+    kind, piece, whole = "text_completion", lambda text, _: {"text": text}, lambda text: {"text": text}
+    return Form(server, "cmpl", kind, kind, piece, whole, completion_logprobs)
 
 
 class Guard:

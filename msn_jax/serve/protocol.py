@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from msn_jax.config import MOST_LOGPROBS
 
 # What changes no token here, and so may be given.
 WITHOUT_EFFECT = (
@@ -22,8 +25,6 @@ NEUTRAL = {
     "frequency_penalty": 0,
     "presence_penalty": 0,
     "logit_bias": {},
-    "logprobs": False,
-    "top_logprobs": 0,
     "tools": [],
     "tool_choice": "none",
     "response_format": {"type": "text"},
@@ -48,7 +49,7 @@ class StreamOptions(BaseModel):
 
 
 class Asked(BaseModel):
-    """What both kinds of requests may say. `top_k` is an extension."""
+    """What both kinds of requests may say. `top_k`, `min_p` and `repetition_penalty` are extensions."""
 
     model_config = ConfigDict(extra="allow")
     model: str
@@ -56,6 +57,8 @@ class Asked(BaseModel):
     temperature: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
     top_k: int | None = Field(None, ge=0, lt=2**31)
+    min_p: float | None = Field(None, ge=0, le=1, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(None, gt=0, allow_inf_nan=False)
     seed: int | None = None
     n: int | None = Field(None, ge=1, le=128)
     stop: str | list[str] | None = None
@@ -84,6 +87,10 @@ class Asked(BaseModel):
             "temperature": 1.0 if self.temperature is None else self.temperature,
             "top_p": 1.0 if self.top_p is None else self.top_p,
             "top_k": self.top_k or 0,
+            "min_p": self.min_p or 0.0,
+            "repetition_penalty": self.repetition_penalty or 1.0,
+            "stop": self.stops,
+            "logprobs": self.alternatives,
             "seed": (int.from_bytes(os.urandom(4)) if self.seed is None else self.seed) % 2**32,
         }
 
@@ -109,41 +116,34 @@ class Message(BaseModel):
 class ChatAsked(Asked):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+
+    @model_validator(mode="after")
+    def _top_needs_logprobs(self):
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        return self
+
+    @property
+    def alternatives(self) -> int | None:
+        """Likeliest tokens whose log-probabilities are wanted beside each token's own; None: no log-probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class CompletionAsked(Asked):
     prompt: str | list[int] | list[str] | list[list[int]]
+    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+
+    @property
+    def alternatives(self) -> int | None:
+        """As of ChatAsked."""
+        return self.logprobs
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
         several = isinstance(self.prompt, list) and not (self.prompt and isinstance(self.prompt[0], int))
         return self.prompt if several else [self.prompt]
-
-
-class StopTexts:
-    """A growing text, cut before the stop text that is whole first; what may begin one is held back.
-
-    The cut does not depend on the pieces in which the text comes.
-    """
-
-    def __init__(self, stops: list[str]):
-        self.stops, self._held = stops, ""
-
-    def add(self, piece: str) -> tuple[str, bool]:
-        """What may be shown, and whether the text ends there."""
-        text, self._held = self._held + piece, ""
-        found = [(text.index(stop) + len(stop), text.index(stop)) for stop in self.stops if stop in text]
-        if found:
-            return text[: min(found)[1]], True
-        begun = [n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
-        end = len(text) - max(begun, default=0)
-        self._held = text[end:]
-        return text[:end], False
-
-    def flush(self) -> str:
-        """What was held back, when nothing more comes."""
-        text, self._held = self._held, ""
-        return text
 
 
 def usage(prompt_tokens: int, tokens: int, passes: int | None) -> dict[str, Any]:
@@ -154,3 +154,29 @@ def usage(prompt_tokens: int, tokens: int, passes: int | None) -> dict[str, Any]
         "total_tokens": prompt_tokens + tokens,
     }
     return counted | ({"tokens_per_pass": round(tokens / passes, 3)} if passes else {})
+
+
+Logprob = tuple[int, float, list[tuple[int, float]]]  # id, log-probability, and the likeliest in its place
+
+
+def chat_logprobs(new: list[Logprob], text_of: Callable[[int], str]) -> dict[str, Any]:
+    """Log-probabilities of new tokens as chat completions spell them. text_of: of an id."""
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        text = text_of(token)
+        whole = "\ufffd" not in text  # or a part of a character
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if whole else None}
+
+    content = [entry(token, logprob) | {"top_logprobs": [entry(*one) for one in top]} for token, logprob, top in new]
+    return {"content": content, "refusal": None}
+
+
+def completion_logprobs(new: list[Logprob], text_of: Callable[[int], str], offset: int) -> dict[str, Any]:
+    """The same as completions spell them. offset: characters before the first of the tokens."""
+    tokens = [text_of(token) for token, _, _ in new]
+    return {
+        "tokens": tokens,
+        "token_logprobs": [logprob for _, logprob, _ in new],
+        "top_logprobs": [{text_of(token): logprob for token, logprob in top} for _, _, top in new],
+        "text_offset": [offset + sum(map(len, tokens[:n])) for n in range(len(tokens))],
+    }

@@ -7,7 +7,8 @@ import threading
 from collections.abc import Callable, Sequence
 
 from msn_jax.config import DecodeConfig
-from msn_jax.decode.engine import Engine, Request
+from msn_jax.decode.engine import Engine
+from msn_jax.decode.request import Request
 
 logger = logging.getLogger("msn_jax")
 
@@ -64,7 +65,7 @@ class Worker(threading.Thread):
             for request in self._step():
                 self._tell(request, request.finish_reason)
             if not self._told:
-                self._step()  # lets the cache go
+                self._step()  # ends the rows of requests that were cancelled, and lets a cache go that is not kept
 
     def _step(self) -> list[Request]:
         with self._news:
