@@ -163,9 +163,9 @@ def test_rows_that_are_free_keep_what_they_have_read(tiny_lm, monkeypatch, metho
     monkeypatch.setattr(loop, "bucket", lambda slots: -(-slots // 32) * 32)  # so that the cache changes its size often
     rng = np.random.default_rng(4)
     with Engine(tiny_lm, method=method, batch_size=3, cycles=3, keep=True) as engine:
-        texts, saved = [rng.integers(3, 97, 70).tolist() for _ in range(3)], 0
+        texts, saved = [rng.integers(3, 97, 70).tolist() for _ in range(2)], 0
         for turn in range(40):
-            prompt = texts[turn % 3][: rng.integers(1, 71)] + rng.integers(3, 97, rng.integers(0, 9)).tolist()
+            prompt = texts[turn % 2][: rng.integers(1, 71)] + rng.integers(3, 97, rng.integers(0, 9)).tolist()
             new = int(rng.integers(1, 40))
             request = engine.submit(Request(prompt, DecodeConfig(max_new_tokens=new, temperature=1.0, seed=turn)))
             beside = engine.submit(Request(prompt[:5], DecodeConfig(max_new_tokens=99)))
@@ -177,9 +177,9 @@ def test_rows_that_are_free_keep_what_they_have_read(tiny_lm, monkeypatch, metho
             (plain,) = generate(tiny_lm, [prompt], method="ar", max_new_tokens=new, temperature=1.0, seed=turn)
             assert request.tokens == plain.tokens[: len(request.tokens)]
             assert request.finish_reason in ("cancelled", plain.finish_reason)
-            texts[turn % 3] = (prompt + request.tokens)[:120]
+            texts[turn % 2] = (prompt + request.tokens)[:120]
             saved += len(prompt) - 1 - request.prefill_tokens
-        assert saved > 1000
+        assert saved > 500
         first, again = (Request([*range(3, 63)], DecodeConfig(max_new_tokens=9)) for _ in range(2))
         for request, read in ((first, 59), (again, 0)):
             engine.submit(request)

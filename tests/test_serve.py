@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import numpy as np
 import openai
 import pytest
 import uvicorn
@@ -36,7 +37,7 @@ LONG = ASK | {"max_tokens": 200, "seed": 8}  # a seed whose reply does not end b
 @contextlib.contextmanager
 def running(lm, rows=3, most_waiting=60, key="secret"):
     """(client, worker) of a server in a thread."""
-    worker = Worker(Engine(lm, tree="chain4", batch_size=rows, cycles=4), most_waiting)
+    worker = Worker(Engine(lm, tree="chain4", batch_size=rows, cycles=4, keep=True), most_waiting)
     server = uvicorn.Server(uvicorn.Config(make_app(lm, worker, "tiny", key), port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -68,8 +69,11 @@ def expected(lm, prompt, most=24, **settings):
 
 
 def test_a_reply_is_that_of_the_library(client, tiny_lm):
-    for settings in ({"temperature": 0}, DRAWN, DRAWN | {"top_p": 0.9}):
-        reply = client.chat.completions.create(**ASK, **settings)
+    more = {"min_p": 0.05, "repetition_penalty": 1.4, "top_k": 30}
+    for settings in ({"temperature": 0}, DRAWN, DRAWN | {"top_p": 0.9}, DRAWN | more):
+        beyond = {name: value for name, value in settings.items() if name in more}
+        plain_settings = {name: value for name, value in settings.items() if name not in more}
+        reply = client.chat.completions.create(**ASK, **plain_settings, extra_body=beyond)
         plain = expected(tiny_lm, SAID, **settings)
         (choice,) = reply.choices
         assert (choice.message.content, choice.finish_reason) == (plain.text, plain.finish_reason)
@@ -102,6 +106,57 @@ def test_a_reply_ends_before_a_stop_text(client, tiny_lm):
     chunks = list(client.chat.completions.create(**ASK, **DRAWN, stop=stop, stream=True))
     assert "".join(chunk.choices[0].delta.content for chunk in chunks) == before
     assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_log_probabilities_of_a_chat(client, tiny_lm):
+    plain = expected(tiny_lm, SAID, **DRAWN, logprobs=2)
+    stop = plain.text[9:11]
+    plain = expected(tiny_lm, SAID, **DRAWN, logprobs=2, stop=stop)
+    ask = ASK | DRAWN | {"stop": stop, "logprobs": True, "top_logprobs": 2}
+    reply = client.chat.completions.create(**ask)
+    (choice,) = reply.choices
+    assert choice.message.content == plain.text and reply.usage.completion_tokens == len(plain.tokens)
+    assert reply.usage.tokens_per_pass >= 1  # of a reply that was cut as well
+    entries = list(choice.logprobs.content)
+    assert [e.token for e in entries] == [tiny_lm.tokenizer.decode([token]) for token in plain.tokens]
+    assert [bytes(e.bytes).decode() for e in entries] == [e.token for e in entries]
+    np.testing.assert_allclose([e.logprob for e in entries], plain.logprobs, atol=1e-4)
+    top = [[(e.token, e.logprob) for e in entry.top_logprobs] for entry in entries]
+    for ours, theirs in zip(top, plain.top_logprobs, strict=True):
+        assert [token for token, _ in ours] == [tiny_lm.tokenizer.decode([token]) for token, _ in theirs]
+        np.testing.assert_allclose([logprob for _, logprob in ours], [logprob for _, logprob in theirs], atol=1e-4)
+    chunks = list(client.chat.completions.create(**ask, stream=True))
+    streamed = [e for chunk in chunks for e in chunk.choices[0].logprobs.content]
+    assert [e.token for e in streamed] == [e.token for e in entries] and len(chunks) > 2
+    assert client.chat.completions.create(**ASK).choices[0].logprobs is None
+
+
+def test_log_probabilities_of_a_completion(client, tiny_lm):
+    ask = dict(model="tiny", prompt="abc", max_tokens=12, temperature=0, logprobs=3)
+    plain = expected(tiny_lm, "abc", most=12, logprobs=3)
+    (choice,) = client.completions.create(**ask).choices
+    texts = [tiny_lm.tokenizer.decode([token]) for token in plain.tokens]
+    told = choice.logprobs
+    assert (told.tokens, told.text_offset) == (texts, [len("".join(texts[:n])) for n in range(len(texts))])
+    np.testing.assert_allclose(told.token_logprobs, plain.logprobs, atol=1e-4)
+    assert [len(top) for top in told.top_logprobs] == [3] * len(texts)
+    streamed = [chunk.choices[0].logprobs for chunk in client.completions.create(**ask, stream=True)]
+    assert [token for part in streamed for token in part.tokens] == texts
+    assert [at for part in streamed for at in part.text_offset] == told.text_offset
+
+
+def test_a_turn_goes_on_from_what_its_row_has_read(served, tiny_lm, monkeypatch):
+    client, worker = served
+    seen, submit = [], worker.engine.submit
+    monkeypatch.setattr(worker.engine, "submit", lambda request: seen.append(request) or submit(request))
+    said = [{"role": "user", "content": "abcde" * 12}]
+    for _ in range(3):
+        reply = client.chat.completions.create(**ASK | {"messages": said}, **DRAWN).choices[0].message.content
+        assert reply == expected(tiny_lm, said, **DRAWN).text
+        said += [{"role": "assistant", "content": reply}, {"role": "user", "content": "more"}]
+    prompts = [len(request.prompt) for request in seen]
+    for n in (1, 2):
+        assert seen[n].prefill_tokens <= prompts[n] - prompts[n - 1]
 
 
 def test_stop_texts_cut_as_on_the_whole_text():
@@ -277,6 +332,30 @@ def test_fifty_clients_at_once(client, tiny_lm):
             said = [{"role": "user", "content": chr(97 + i % 20) * (1 + i % 9)}]
             assert text == expected(tiny_lm, said, most=5 + i, temperature=0.9, seed=i).text
     assert sum(text is not None for text in texts) == 35
+
+
+def resident_bytes():
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith("VmRSS"))
+
+
+def test_memory_after_500_requests_is_that_after_100(client):
+    def one(i):
+        said = [{"role": "user", "content": "".join(chr(97 + (i * k) % 26) for k in range(1 + i * 7 % 90))}]
+        ask = ASK | {"messages": said, "max_tokens": 1 + i % 30, "seed": i, "stream": i % 3 == 0}
+        reply = client.chat.completions.create(**ask)
+        if ask["stream"]:
+            with reply as chunks:
+                for n, _ in enumerate(chunks):
+                    if i % 4 == 3 and n == 1:
+                        break
+
+    sizes = []
+    with ThreadPoolExecutor(6) as pool:
+        for count in (100, 400):
+            list(pool.map(one, range(count)))
+            sizes.append(resident_bytes())
+    assert sizes[1] <= 1.03 * sizes[0]
 
 
 def test_a_terminated_server_finishes_what_runs(tiny_ckpt, tiny_lm):

@@ -22,8 +22,8 @@ class Result:
     finish_reason: str  # "stop" or "length"
     forwards: int  # model passes after prefill
     accepted: list[int]  # tokens that each pass emitted
-    seconds: float  # generation without compilation; of passes that it shared with other rows, its part
-    prefill_seconds: float
+    seconds: float  # of the loop without compilation: of each call its time, over the rows that ran in it
+    prefill_seconds: float  # of its own prompt, while which no row decodes
     method: str
     logprobs: list[float] | None = None  # of each token, before any sampling setting; None: not asked for
     top_logprobs: list[list[tuple[int, float]]] | None = None  # (id, logprob) of the likeliest in its place
