@@ -250,7 +250,7 @@ def train(setting: Setting) -> train_step.TrainState:
 
 
 def eval_metrics(scores: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
-    """Of held-out batches: the loss on clean text, and accuracy by noise depth."""
+    """The loss on clean text and the accuracy by noise depth of held-out batches."""
     clean, noisy = (metrics_of(sum(pair[i] for pair in scores)) for i in (0, 1))
     depths = {f"eval_{name}": value for name, value in noisy.items() if "depth" in name}
     # A draft-only run has no clean positions.

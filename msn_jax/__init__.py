@@ -61,7 +61,7 @@ __all__ = [
     "unembed",
 ]
 
-# It would warn on every start that torch is missing, of which nothing here has need.
+# It would warn on every start that torch is missing, which nothing here needs.
 logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())
 
 

@@ -1,4 +1,4 @@
-"""What of a model is trained: all weights, or a low-rank adapter (Hu et al. 2021) beside frozen ones, as pytrees.
+"""The part of a model that is trained: all weights, or a low-rank adapter (Hu et al. 2021) beside frozen ones. Pytrees.
 
 An adapter is a Layer of LowRank or None by linear map: stacked ([L, ...]) in training, a tuple of layers in decoding,
 as the weights themselves.
@@ -24,7 +24,7 @@ _INPUTS = {"qkv": 1, "o": 2, "gate_up": 1, "down": 1}  # last axes of each map's
 
 @struct.dataclass
 class Marked:
-    """What is trained where noise is marked: as without marks, and what enters at noise in place of a token's."""
+    """What is trained where noise is marked: weights, and an embedding that stands at noise in place of a token's."""
 
     weights: Params | Layer  # all weights, or an adapter
     noise_embed: Array  # [J, D], by depth

@@ -17,7 +17,7 @@ def serves(q: Array) -> bool:
 
 
 def attention(q: Array, k: Array, v: Array, segments: Array | None, window: int | None = None) -> Array:
-    """As model.causal_attention, for what `serves` accepts."""
+    """The result of model.causal_attention, for the inputs that `serves` accepts."""
     B, T, K, G, H = q.shape
     same = None if segments is None else (segments[:, None, :, None] == segments[:, None, None, :])
     return jax.nn.dot_product_attention(

@@ -54,8 +54,8 @@ class Layer:
 @struct.dataclass
 class Params:
     embed: Array  # [V, D]
-    # L of them to decode: a scan over stacked weights would copy each layer's on CPU. One Layer of arrays [L, ...] to
-    # train: the program does not grow with the depth, and each layer's activations can be recomputed.
+    # To decode, a tuple of L layers: a scan over stacked weights would copy each layer's on CPU. To train, one Layer of
+    # arrays [L, ...]: the program does not grow with the depth, and each layer's activations can be recomputed.
     layers: tuple[Layer, ...] | Layer
     final_norm: Array  # [D]
     unembed: Array | None  # [V, D]; None where it is tied to embed

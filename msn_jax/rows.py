@@ -118,8 +118,8 @@ def _without_null(value: Any) -> Any:
 
 
 def _json_rows(path: str) -> Iterator[dict[str, Any]]:
-    # Not the JSON loader of `datasets` (5.2): it makes dates of text, guesses one type for all rows of a column (so
-    # that one odd row costs the file), takes some rows for agent traces, and does not name the line.
+    # The JSON loader of `datasets` (5.2) is not used: it makes dates of text, guesses one type for all rows of a column
+    # (so that one odd row costs the file), takes some rows for agent traces, and does not name the line.
     with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():

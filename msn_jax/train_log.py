@@ -98,7 +98,7 @@ class Stop:
         self._asked, self._before = False, {}
 
     def __enter__(self) -> Stop:
-        # All processes must save at one step, so there jax decides, which listens to SIGTERM itself.
+        # All processes must save at the same step, so jax decides there; it listens to SIGTERM itself.
         if jax.process_count() == 1:
             self._before = {kind: signal.signal(kind, self._ask) for kind in (signal.SIGINT, signal.SIGTERM)}
         return self

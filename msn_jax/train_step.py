@@ -48,7 +48,7 @@ class TrainState:
 
 
 def learning_rate(train: TrainConfig) -> optax.Schedule:
-    """By steps taken before: a linear warm-up that starts above 0, then a cosine down to the final share."""
+    """A linear warm-up that starts above 0, then a cosine down to the final share; by the steps taken before."""
     schedule = optax.warmup_cosine_decay_schedule(
         0.0 if train.warmup_steps else train.learning_rate,
         train.learning_rate,
@@ -65,7 +65,7 @@ def make_optimizer(train: TrainConfig, schedule: optax.Schedule | None = None) -
     schedule: of the learning rate, in place of the one of `train`.
     """
     schedule = schedule or learning_rate(train)
-    # By name: stacked, a bias can have as many axes as a matrix. Of an adapter the name leads to its two factors.
+    # By name: stacked, a bias can have as many axes as a matrix. The name of an adapted map leads to its two factors.
     named = lambda path: any(getattr(key, "name", None) in LINEAR_MAPS for key in path)
     is_linear = partial(jax.tree_util.tree_map_with_path, lambda path, _: named(path))
     decay = partial(optax.adamw, weight_decay=train.weight_decay, mask=is_linear)

@@ -199,7 +199,7 @@ def fill(tree: TreeSpec, sources: tuple[Source, ...], weights: dict, carry: dict
 
 
 def _padded(lists: list[list[int]]) -> np.ndarray:
-    """Of the lists one array, filled up with -1. int[n, longest]"""
+    """The lists as one array, filled up with -1. int[n, longest]"""
     longest = max(map(len, lists))
     return np.array([row + [-1] * (longest - len(row)) for row in lists], int).reshape(len(lists), longest)
 

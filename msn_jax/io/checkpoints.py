@@ -161,7 +161,7 @@ class Checkpoints:
 
 
 def kept(directory: str | os.PathLike) -> str:
-    """In words, where a run stands that cannot go on: its last checkpoint."""
+    """The last checkpoint of a run that cannot go on, in words."""
     steps = _steps(_absolute(directory) / "checkpoints")
     return f"the last checkpoint is step {steps[-1]} of {directory}" if steps else "no checkpoint was written before it"
 

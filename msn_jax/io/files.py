@@ -23,7 +23,7 @@ def is_remote(path: str | os.PathLike) -> bool:
 
 @contextlib.contextmanager
 def writing(path: epath.Path):
-    """What the system says against a write inside it becomes an InputError that names `path`."""
+    """Raise an InputError that names `path` for what the system says against a write inside."""
     try:
         yield
     except OSError as e:

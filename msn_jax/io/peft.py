@@ -36,7 +36,7 @@ _ONLY: dict[str, tuple] = {
     "trainable_token_indices": (None, [], {}),
     "layer_replication": (None, []),
     "alora_invocation_tokens": (None, []),
-    # The others of PEFT's change the base when they begin.
+    # PEFT's other kinds of init change the base weights when they begin.
     "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
 
@@ -112,7 +112,7 @@ def _field(file: Path, stored, field: str, parts: dict, settings: dict[str, Any]
 
 
 def _rank(file: Path, stored, parts: dict, place: tuple[int, str], shape: tuple[int, ...], inputs: int) -> int:
-    """Of one module; 0 where the adapter leaves it alone. Raises InputError for a half, or another shape."""
+    """The rank in one module; 0 where the adapter leaves it alone. Raises InputError for a half, or another shape."""
     names = [parts.get((*place, half)) for half in "AB"]
     if names == [None, None]:
         return 0

@@ -43,7 +43,7 @@ _SPLITS = {
     "deepseek-coder": _splits(r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+", r"\p{N}"),
     "default": _splits(r"[\p{P}\$\+<=>\^~\|]+", _GPT2_SPLIT, r"\p{N}+", "[0-9][0-9][0-9]"),
 }
-# Other names of the same.
+# Other names of the same splittings.
 _SAME = {
     **dict.fromkeys(("llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2"), "llama-bpe"),
     **dict.fromkeys(("starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), "smollm"),
@@ -303,6 +303,6 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], after: Sequen
     text_of = lambda ids: tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     tail = list(after[-64:])
     before, whole = text_of(tail), text_of([*tail, *ids])
-    # Not where a character spans the two: then neither has it whole.
+    # Where a character spans the two, neither has it whole.
     apart = before and "\ufffd" not in before and whole.startswith(before)
     return whole[len(before) :] if apart else text_of(ids)

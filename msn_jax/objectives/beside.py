@@ -80,7 +80,7 @@ def loss_sums(
 def _label_sums(
     parts: Parts, cfg: ModelConfig, hung: Array, labels: Array, counts: Array, anchors: Array, head_chunk: int
 ) -> Array:
-    """Of noise rows [B, A, J, D] that are to predict the tokens ahead of their anchors: float32[1 + J, 4]."""
+    """Sums over noise rows [B, A, J, D], which are to predict the tokens ahead of their anchors. float32[1 + J, 4]"""
     B, A, J, D = hung.shape
     places, weight = hung_places(counts, anchors, J)
     flat = lambda x: x.reshape(B, A * J)
@@ -101,6 +101,6 @@ def held_out(
 
 
 def flops(run: RunConfig, frozen: int, trained: int) -> int:
-    """As of inline.py, for the noise too."""
+    """Those of inline.py, and those of the noise rows."""
     a_row = run.data.max_tokens + run.noise.anchors * run.noise.length
     return (4 * frozen + 6 * trained) * run.train.batch_size * a_row

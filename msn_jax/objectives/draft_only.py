@@ -1,4 +1,4 @@
-"""What a draft-only adapter learns: at noise hung under any token of a reply, what the frozen model says itself there.
+"""What a draft-only adapter learns: to say at noise, hung under a token of a reply, what the frozen model says there.
 
 The noise of depth j under an anchor is to predict, without the tokens between, the distribution that the clean model
 has j places after the anchor.
@@ -71,6 +71,6 @@ def held_out(
 
 
 def flops(run: RunConfig, frozen: int, trained: int) -> int:
-    """As of inline.py, but that nothing flows back through the clean text."""
+    """Those of inline.py, without a backward pass through the clean text."""
     hung = run.train.batch_size * run.noise.anchors * run.noise.length
     return 2 * frozen * run.train.batch_size * run.data.max_tokens + (4 * frozen + 6 * trained) * hung
