@@ -90,6 +90,13 @@ def tiny():
 
 
 @pytest.fixture(scope="session")
+def one_layer(tiny):
+    """Its first layer, where compiling takes long and a second layer would show nothing more."""
+    cfg, params = tiny
+    return dataclasses.replace(cfg, layers=1), params.replace(layers=params.layers[:1])
+
+
+@pytest.fixture(scope="session")
 def batch():
     """A packed row for `tiny`: 10 tokens whose reply is 4 to 9, 8 tokens whose reply is 13 to 17, and padding."""
     segments = np.array([[1] * 10 + [2] * 8 + [0] * 2], np.int32)

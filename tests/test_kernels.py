@@ -1,6 +1,5 @@
 """The custom calls of msn_jax/kernels against NumPy and XLA: every instruction set of this machine, and equal bits."""
 
-import dataclasses
 import functools
 import os
 import subprocess
@@ -327,8 +326,8 @@ def test_every_method_gives_the_tokens_of_ar(dtype, settings, method, rows, adap
     assert drafted == decode_all(params, cfg, tree_set("ar"), prompts, **given)[1][:rows]
 
 
-def test_gradients_and_maps_are_those_of_xla(tiny, monkeypatch):
-    cfg, params = dataclasses.replace(tiny[0], layers=1), tiny[1].replace(layers=tiny[1].layers[:1])
+def test_gradients_and_maps_are_those_of_xla(one_layer, monkeypatch):
+    cfg, params = one_layer
     tokens, positions = jnp.array([[3, 1, 4, 1]]), jnp.arange(4)[None]
     loss = lambda p: unembed(p, cfg, forward(p, cfg, tokens, positions)[0]).sum()
     ours = jax.tree.leaves(jax.jit(jax.grad(loss))(params))

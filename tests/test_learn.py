@@ -50,8 +50,8 @@ def test_arms_by_name():
 
 
 @pytest.mark.parametrize("name", ["beside-marked@4x2", "draft-r2@4x2"])
-def test_a_dispatch_is_so_many_steps(tiny, tmp_path, name):
-    cfg, params = tiny
+def test_a_dispatch_is_so_many_steps(one_layer, tmp_path, name):
+    cfg, params = one_layer
     rng = np.random.default_rng(0)
     examples = [(rng.integers(0, 61, 30).astype(np.int32), np.arange(30) >= 5) for _ in range(12)]
     rows = jax.device_put(pack(examples, 64))

@@ -31,8 +31,6 @@ ARMS = [
         for method, tree in (
             ("lookup", None),
             ("jacobi", None),
-            ("tr-jacobi", "small13"),
-            ("lookup", "msn69"),
             ("jacobi", "msn69"),
         )
     ),

@@ -121,8 +121,8 @@ def test_the_clean_text_is_untouched_by_noise(tiny, batch):
 
 
 @pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=2)], ids=["weights", "adapter"])
-def test_beside_with_weight_0_is_plain_tuning_to_the_last_bit(tiny, batch, lora):
-    cfg, params = tiny
+def test_beside_with_weight_0_is_plain_tuning_to_the_last_bit(one_layer, batch, lora):
+    cfg, params = one_layer
     stacked = stack_layers(params)
     plain, _ = first_gradients(cfg, run_config(NoiseConfig(kind="none"), lora), stacked, batch)
     silent, report = first_gradients(cfg, run_config(dataclasses.replace(BESIDE, weight=0.0), lora), stacked, batch)
