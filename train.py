@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import re
 import shlex
 import sys
 import time
@@ -77,7 +78,8 @@ def parse_args(argv: list[str] | None) -> tuple[RunConfig, jsonargparse.Namespac
         flags = p.parse_args(argv)
         made = p.instantiate(flags)
     except jsonargparse.ArgumentError as e:
-        raise InputError(" ".join(str(e).split())) from None
+        words = re.sub(r"a <class '(\w+)'>", r"\1", " ".join(str(e).split()))
+        raise InputError(f"{words}; --help lists all settings, configs/ shows how a file states them") from None
     if flags.topology and not flags.plan:
         raise InputError("--topology does nothing without --plan")
     return RunConfig(**{name: made[name] for name in SECTIONS}).with_absolute_base(), flags

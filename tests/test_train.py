@@ -113,8 +113,8 @@ def test_adapters_of_a_run_are_saved_small_and_merge(config, tmp_path, monkeypat
     ("sections", "flags", "message"),
     [
         ({}, ["--train.stepz", "3"], "train.stepz"),
-        ({"train": {"stepz": 3}}, [], "stepz"),
-        ({}, ["--train.steps", "many"], "train.steps"),
+        ({"train": {"stepz": 3}}, [], "option 'stepz'; --help lists all settings"),
+        ({}, ["--train.steps", "many"], '"train.steps": Expected int. Got value: many;'),
         ({}, ["--noise.kind", "blue"], "noise.kind = blue is not possible; accepted: ahead, random, none"),
         ({"data": {"sources": []}}, [], "data.sources"),
         ({"data": {"sources": [{"path": "missing.jsonl"}]}}, [], "missing.jsonl"),
