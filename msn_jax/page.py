@@ -167,6 +167,9 @@ def _section(index: int, run: Run, top: int, longest: int) -> str:
         for name, about in ORIGINS.items()
         if name in drafted
     )
+    if rejected := sum(map(bool, run.offered)):
+        about = "what followed the same words before is not what the model says here"
+        origins += f' <span title="{about}"><span class="missed">text offered another</span> {rejected}</span>'
     head = f"""<h2>{escape(run.method)}</h2>
 <div class="key">tokens accepted in one pass <span>{keys}</span></div>"""
     inner = f'{body}\n<p class="origins key">{origins}</p>\n{plot}'
@@ -255,7 +258,7 @@ thead th{font-size:13px;font-weight:400!important;color:var(--soft);vertical-ali
 .text span{padding:2px 0;background:var(--c);box-shadow:inset 1px 0 var(--edge);print-color-adjust:exact}
 .text span:not(:has(u:not(:empty))){padding:2px}.text span:target{outline:2px solid var(--mean)}
 u{text-decoration:none}u.retrieved{border-bottom:2px solid var(--ink)}u.predicted{border-bottom:2px dotted var(--ink)}
-.origins span{margin-right:20px}.missed{border-right:2px solid var(--mean)}
+.origins>span{margin-right:20px}.missed{border-right:2px solid var(--mean)}
 summary{cursor:pointer}summary h2::before{content:"▸ "}details[open] summary h2::before{content:"▾ "}
 .settings{margin:-16px 0 24px;color:var(--soft);font-size:13px;overflow-wrap:anywhere}
 .text i::before{content:"↵";font-style:normal;opacity:.4}
