@@ -9,7 +9,7 @@ from conftest import decode_all
 from test_loop import PROMPTS
 
 from msn_jax import DecodeConfig
-from msn_jax.decode import TREE_SETS, TreeSet, init_state, loop, run, seats
+from msn_jax.decode import TREE_SETS, TreeSet, init_state, loop, prefill, run, seats
 from msn_jax.decode.tree import EITHER, RETRIEVAL, chain
 from msn_jax.plan import cache_copies
 
@@ -36,6 +36,15 @@ def test_one_trace_for_each_tree_set_bucket_and_batch(tiny):
     assert traces(params, cfg, trees, PROMPTS[:1], max_new_tokens=3, slots=512) == 1
     another = TreeSet("counted too", trees.trees[:1], (0,))
     assert traces(params, cfg, another, PROMPTS[:1], max_new_tokens=3) == 1
+
+
+def test_one_trace_for_each_chunk_of_a_prefill(tiny):
+    cfg, params = tiny
+    before = loop.prefill_chunk._cache_size()
+    for prompt in PROMPTS[1:]:  # one chunk of 12 to six of them
+        state = init_state(cfg, TREE_SETS["root"], [prompt], DecodeConfig(max_new_tokens=9), (), slots=256)
+        prefill(params, state, cfg=cfg, chunk=12)
+    assert loop.prefill_chunk._cache_size() == before + 1
 
 
 @pytest.mark.parametrize("batch", [1, 4])
