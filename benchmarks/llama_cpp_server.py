@@ -8,7 +8,7 @@ from llama_cpp import Llama
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 
-def main(model: str, context: int, drafts: int, threads: int) -> None:
+def serve(model: str, context: int, drafts: int, threads: int) -> None:
     """Answer each line {lookup, ids, count, stop} on standard input with the tokens and the seconds after the first."""
     settings = {"n_ctx": context, "n_threads": threads, "n_threads_batch": threads, "verbose": False}
     plain = Llama(model, **settings)
@@ -26,4 +26,4 @@ def main(model: str, context: int, drafts: int, threads: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    serve(sys.argv[1], *map(int, sys.argv[2:]))

@@ -69,7 +69,7 @@ def test_ids_of_every_kind_are_the_same_prompt(tiny_lm, ids):
 
 def test_the_keywords_are_the_settings():
     defaults = dict(generate.__kwdefaults__)
-    assert DecodeConfig(**defaults) == DecodeConfig()
+    assert DecodeConfig(**defaults | {"stop": list(defaults["stop"])}) == DecodeConfig()
     assert defaults.keys() == set(DecodeConfig.__dataclass_fields__)
     assert stream.__kwdefaults__.keys() == defaults.keys() - {"batch_size"}
 
