@@ -250,13 +250,8 @@ def tiny_drafter(cfg, dtype):
     return jax.tree.map(lambda a: a.astype(dtype), DraftAdapter(unstack(layers), embed))
 
 
-@pytest.mark.parametrize(
-    "family, dtype",
-    [
-        ("llama", "float32"),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in zip([*MODELS][1:], ("bfloat16", "int8", "bfloat16"))),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("family, dtype", [*zip(MODELS, (*DTYPES, "bfloat16"), strict=True)])
 def test_an_adapter_leaves_the_bits_of_all_but_noise(family, dtype, monkeypatch):
     cfg, params = tiny_model(family, dtype)
     drafter = tiny_drafter(cfg, params.embed.dtype)
@@ -300,21 +295,14 @@ def test_the_same_as_xla(family, dtype, monkeypatch):
 
 
 # How tokens are chosen does not ask what the weights are, so one dtype is decoded greedily and the other sampled.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype, settings",
-    [
-        ("bfloat16", {}),
-        pytest.param("int8", {"temperature": 0.8, "top_k": 20, "top_p": 0.9}, marks=pytest.mark.slow),
-    ],
+    [("bfloat16", {}), ("int8", {"temperature": 0.8, "top_k": 20, "top_p": 0.9})],
     ids=["bfloat16-greedy", "int8-sampled"],
 )
 @pytest.mark.parametrize(
-    "method, rows, adapted",
-    [
-        ("lookup", 4, False),
-        pytest.param("tr-jacobi", 1, False, marks=pytest.mark.slow),
-        pytest.param("tr-jacobi", 4, True, marks=pytest.mark.slow),
-    ],
+    "method, rows, adapted", [("lookup", 4, False), ("tr-jacobi", 1, False), ("tr-jacobi", 4, True)]
 )
 def test_every_method_gives_the_tokens_of_ar(dtype, settings, method, rows, adapted):
     cfg, params = tiny_model("llama", dtype)

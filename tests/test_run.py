@@ -302,8 +302,8 @@ SHAPES = {
 
 def exported(tmp_path, tiny, name, **kwargs):
     cfg = tiny[0] if name == "tied" else dataclasses.replace(tiny[0], tie_embeddings=False, **SHAPES[name])
-    params = init(jax.random.key(2), cfg)
-    params = jax.tree.map(lambda a: a + 0.1 * jax.random.normal(jax.random.key(3), a.shape), params)
+    noisy = lambda a: a + 0.1 * jax.random.normal(jax.random.key(3), a.shape)
+    params = jax.jit(lambda key: jax.tree.map(noisy, init(key, cfg)))(jax.random.key(2))
     form = stack(params) if kwargs.pop("stacked", False) else params
     export_hf(tmp_path / "out", cfg, form, tokenizer_of(61), {1, 5}, **kwargs)
     return cfg, params
