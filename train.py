@@ -95,8 +95,9 @@ def start_model(run: RunConfig) -> tuple[ModelConfig, object, tuple[int, ...], o
         if run.model.shape and declare(SHAPES[run.model.shape]) != declare(opened.cfg):
             raise InputError(f"model.ckpt {run.model.ckpt} does not have the shape {run.model.shape} of model.shape")
         return opened.cfg, opened.tokenizer, opened.stop_ids, opened.source
-    if run.lora.rank:
-        raise InputError("lora.rank: adapters need weights to work on; accepted: model.ckpt in place of model.scratch")
+    if run.frozen:
+        setting = "heads.kind: heads" if run.heads.kind else "lora.rank: adapters"
+        raise InputError(f"{setting} need weights to work on; accepted: model.ckpt in place of model.scratch")
     cfg = ModelConfig.from_fields("model.scratch", run.model.scratch)
     if run_dir.has_begun(run.train.out):
         tokenizer, _ = from_folder(local_files(run.train.out))
@@ -203,9 +204,9 @@ def train(setting: Setting) -> train_step.TrainState:
         if start == run.train.steps:
             return state
     else:
-        state = train_step.init_state(cfg, run, mesh, load() if setting.source and not run.lora.rank else None)
+        state = train_step.init_state(cfg, run, mesh, load() if setting.source and not run.frozen else None)
         start = 0
-    frozen = load(dtype=jnp.dtype(run.train.dtype)) if run.lora.rank else None
+    frozen = load(dtype=jnp.dtype(run.train.dtype)) if run.frozen else None
     trained = sum(p.size for p in jax.tree.leaves(state.params))
     kept = sum(p.size for p in jax.tree.leaves(frozen))
     flops = objective_of(run).flops(run, kept, trained)
@@ -266,8 +267,8 @@ def finish(setting: Setting, state: train_step.TrainState, flags) -> None:
     marks = None
     if isinstance(state.params, Marked):
         marks = DraftAdapter(None, state.params.noise_embed)
-    if run.lora.rank or marks:
-        beside = state.params if run.lora.rank else marks
+    if run.frozen or marks:
+        beside = state.params if run.frozen else marks
         beside = jax.tree.map(lambda a: multihost_utils.process_allgather(a, tiled=True), beside)
         if jax.process_index() == 0:
             base = stored_fingerprint(setting.cfg, setting.source) if setting.source else None
@@ -318,8 +319,9 @@ def main(argv: list[str] | None = None) -> None:
         check_plot(f"{run.train.out}/plot.png")
     start_processes(run.mesh)
     if flags.export:
-        if run.lora.draft_only:
-            raise InputError("--export: a draft-only adapter changes no weights; accepted without lora.draft_only")
+        if run.lora.draft_only or run.heads.kind:
+            what = "heads change" if run.heads.kind else "a draft-only adapter changes"
+            raise InputError(f"--export: {what} no weights; accepted without lora.draft_only and heads.kind")
         if jax.process_count() > 1:
             raise InputError("--export is for one process; train, then export where the run directory can be read")
         check_export(run, flags.export)

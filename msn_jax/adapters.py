@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from msn_jax.config import LINEAR_MAPS, LoraConfig, NoiseConfig
+from msn_jax.config import LINEAR_MAPS, HeadsConfig, LoraConfig, NoiseConfig
+from msn_jax.heads import MedusaHeads, declare_heads, init_heads
 from msn_jax.linear import HIGHEST, LowRank
 from msn_jax.model_config import ModelConfig
 from msn_jax.params import ArraySpec, DraftAdapter, Layer, Params, declare, init, stack_layers
@@ -36,6 +37,10 @@ class Parts(NamedTuple):
     weights: Params
     adapter: Layer | None  # of LowRank
     noise_embed: Array | None  # [J, D]
+    heads: MedusaHeads | None = None
+
+
+Trained = Params | Layer | DraftAdapter | Marked | MedusaHeads
 
 
 def declare_adapter(cfg: ModelConfig, lora: LoraConfig) -> Layer:
@@ -71,20 +76,31 @@ def init_adapter(key: Array, cfg: ModelConfig, lora: LoraConfig) -> Layer:
     return layer.replace(**{name: one(key, name) for key, name in zip(keys, LINEAR_MAPS, strict=True)})
 
 
-def declare_trained(cfg: ModelConfig, lora: LoraConfig, noise: NoiseConfig) -> Params | Layer | DraftAdapter | Marked:
+def declare_trained(
+    cfg: ModelConfig, lora: LoraConfig, noise: NoiseConfig, heads: HeadsConfig | None = None
+) -> Trained:
     """What a run trains, with an ArraySpec for every tensor."""
+    if heads and heads.kind:
+        return declare_heads(cfg, heads.count)
     layers = declare_adapter(cfg, lora) if lora.rank else declare(cfg, stacked=True)
     embed = ArraySpec((noise.length, cfg.embed), (None, "embed"))
     return _with_embeddings(layers, embed, lora, noise)
 
 
 def init_trained(
-    key: Array, cfg: ModelConfig, lora: LoraConfig, noise: NoiseConfig, params: Params | None = None
-) -> Params | Layer | DraftAdapter | Marked:
+    key: Array,
+    cfg: ModelConfig,
+    lora: LoraConfig,
+    noise: NoiseConfig,
+    params: Params | None = None,
+    heads: HeadsConfig | None = None,
+) -> Trained:
     """What a run trains before its first step, float32. params: stacked weights to start from; None: random ones.
 
     Embeddings of noise are normal with deviation 0.02.
     """
+    if heads and heads.kind:
+        return init_heads(cfg, heads.count)
     if lora.rank:
         start = init_adapter(key, cfg, lora)
     else:
@@ -99,8 +115,8 @@ def _with_embeddings(start: Any, embed: Any, lora: LoraConfig, noise: NoiseConfi
     return Marked(start, embed) if noise.mark else start
 
 
-def parts_of(trained: Params | Layer | DraftAdapter | Marked, frozen: Params | None) -> Parts:
-    """The model that `trained` makes, with the stacked weights `frozen` where it is an adapter."""
+def parts_of(trained: Trained, frozen: Params | None) -> Parts:
+    """The model that `trained` makes, with the stacked weights `frozen` where it stands beside them."""
     match trained:
         case Marked(weights, noise_embed):
             return parts_of(weights, frozen)._replace(noise_embed=noise_embed)
@@ -108,6 +124,8 @@ def parts_of(trained: Params | Layer | DraftAdapter | Marked, frozen: Params | N
             return Parts(frozen, layers, noise_embed)
         case Layer():
             return Parts(frozen, trained, None)
+        case MedusaHeads():
+            return Parts(frozen, None, None, trained)
     return Parts(trained, None, None)
 
 

@@ -96,7 +96,9 @@ class NoiseConfig:
         "against a prediction: kl; l1: 0.1 cross entropy + 0.9 L1; overlap: -log of the common mass",
         choices=("kl", "l1", "overlap"),
     )
-    decay: float = setting(1.0, "of hung noise: what the loss counts from one depth to the next", above=0, most=1)
+    decay: float = setting(
+        1.0, "of hung noise, and of heads: what the loss counts from one depth to the next", above=0, most=1
+    )
     vocab_size: int = setting(0, "of `random`; make_train_step fills in the model's", least=0)
 
     def __post_init__(self):
@@ -269,6 +271,17 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadsConfig:
+    """Heads of a frozen model that predict further ahead: a way to draft without noise, to compare with."""
+
+    kind: str | None = setting(None, "medusa (Cai et al. 2024); null: none", choices=(None, "medusa"))
+    count: int = setting(4, "heads, each for one more token ahead", least=1)
+
+    def __post_init__(self):
+        check_settings(self, "heads.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything of a training run: the sections of a file in configs/."""
 
@@ -278,8 +291,14 @@ class RunConfig:
     train: TrainConfig
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    heads: HeadsConfig = dataclasses.field(default_factory=HeadsConfig)
 
     def __post_init__(self):
+        if self.heads.kind and (self.lora.rank or self.noise.kind != "none"):
+            raise InputError(
+                f"heads.kind = {self.heads.kind}: heads learn clean text beside a frozen model; "
+                "accepted: with noise.kind none and lora.rank 0"
+            )
         plain = NoiseConfig()
         for name in ("layout", "mark"):
             if self.lora.draft_only and getattr(self.noise, name) != getattr(plain, name):
@@ -291,12 +310,23 @@ class RunConfig:
     @property
     def objective(self) -> str:
         """What the run learns: the name of a module of objectives/."""
-        return "draft_only" if self.lora.draft_only else self.noise.layout
+        return self.heads.kind or ("draft_only" if self.lora.draft_only else self.noise.layout)
+
+    @property
+    def depths(self) -> int:
+        """How many places ahead the run learns of, beside the next token."""
+        return self.heads.count if self.heads.kind else self.noise.length
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the model's own weights stay, and something beside them is trained."""
+        return self.lora.rank > 0 or self.heads.kind is not None
 
     @classmethod
     def from_dict(cls, sections: dict[str, Any]) -> RunConfig:
         """The inverse of dataclasses.asdict."""
-        made = {name: kind(**sections[name]) for name, kind in SECTIONS.items() if name != "data"}
+        # A run of an earlier version has no heads.
+        made = {name: kind(**sections.get(name, {})) for name, kind in SECTIONS.items() if name != "data"}
         sources = [DataSource(**source) for source in sections["data"]["sources"]]
         return cls(data=DataConfig(**{**sections["data"], "sources": sources}), **made)
 
@@ -315,4 +345,5 @@ SECTIONS = {
     "train": TrainConfig,
     "mesh": MeshConfig,
     "lora": LoraConfig,
+    "heads": HeadsConfig,
 }

@@ -247,7 +247,7 @@ def plan_train(run: RunConfig, topology: str | None) -> None:
     check_batch(run.train.batch_size, run.train.accumulate, mesh)
     state = train_step.state_shapes(cfg, run, mesh)
     batch = train_step.batch_shapes(run.train.batch_size, run.data.max_tokens, mesh)
-    frozen = shaped(declare(cfg, stacked=True), mesh, jnp.dtype(run.train.dtype)) if run.lora.rank else None
+    frozen = shaped(declare(cfg, stacked=True), mesh, jnp.dtype(run.train.dtype)) if run.frozen else None
     parameters = parameter_count(declare(cfg))
     trained = parameter_count(state.params)
     tokens = run.train.batch_size * run.data.max_tokens
@@ -294,7 +294,7 @@ def plan_train(run: RunConfig, topology: str | None) -> None:
 
 def activation_bytes(cfg: ModelConfig, run: RunConfig, rows_ways: int, tensor: int) -> int:
     """A rough count of what a step holds beside its state on one device: gradients, kept activations, logits."""
-    size, trained = jnp.dtype(run.train.dtype).itemsize, declare_trained(cfg, run.lora, run.noise)
+    size, trained = jnp.dtype(run.train.dtype).itemsize, declare_trained(cfg, run.lora, run.noise, run.heads)
     shards = rows_ways * tensor
     gradients = 4 * parameter_count(trained) // shards
     weights = size * parameter_count(declare(cfg)) // shards

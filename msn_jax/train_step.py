@@ -43,7 +43,7 @@ class TrainState:
     """All that a step changes."""
 
     step: Array  # int32[]: steps taken
-    params: Any  # float32: stacked Params, or with LoRA the adapter
+    params: Any  # float32: stacked Params, or what is trained beside them
     opt_state: optax.OptState
 
 
@@ -74,7 +74,7 @@ def make_optimizer(train: TrainConfig, schedule: optax.Schedule | None = None) -
 
 def state_shapes(cfg: ModelConfig, run: RunConfig, mesh: Mesh) -> TrainState:
     """The state as ShapeDtypeStructs placed on the mesh: each optimiser array lies like the weight it belongs to."""
-    params = shaped(declare_trained(cfg, run.lora, run.noise), mesh, jnp.float32)
+    params = shaped(declare_trained(cfg, run.lora, run.noise, run.heads), mesh, jnp.float32)
     everywhere = lambda a: shaped(ArraySpec(a.shape, (None,) * a.ndim), mesh, a.dtype)
     optimizer = make_optimizer(run.train)
     opt_state = optax.tree.map_params(
@@ -105,14 +105,14 @@ def check_batch_arrays(batch: dict[str, Array]) -> None:
 def init_state(cfg: ModelConfig, run: RunConfig, mesh: Mesh, params: Params | None = None) -> TrainState:
     """The state before the first step, made in place on the mesh.
 
-    params: stacked float32 weights to start from (they become part of the state); None: random ones, or with LoRA
-    a new adapter. Randomness is that of run.train.seed.
+    params: stacked float32 weights to start from (they become part of the state); None: random ones, or where the
+    model is frozen what is new beside it. Randomness is that of run.train.seed.
     """
     shapes = state_shapes(cfg, run, mesh)
     places = jax.tree.map(lambda s: s.sharding, shapes)
     key = jax.random.key(run.train.seed)
     if params is None or run.noise.mark:
-        new = partial(init_trained, cfg=cfg, lora=run.lora, noise=run.noise)
+        new = partial(init_trained, cfg=cfg, lora=run.lora, noise=run.noise, heads=run.heads)
         params = jax.jit(new, out_shardings=places.params)(key, params=params)
     params = jax.device_put(params, places.params)
     opt_state = jax.jit(make_optimizer(run.train).init, out_shardings=places.opt_state)(params)
@@ -125,7 +125,7 @@ def make_train_step(
     """step(state, frozen, batch) -> (state, report): one optimiser step, a pure function to be jitted by the caller.
 
     key, schedule: of the noise and of the learning rate, in place of those of run.train; both may be traced.
-    frozen: with LoRA the stacked weights that the adapter works on, else None. batch: arrays [B, T] of data.py.
+    frozen: the stacked weights that stay (run.frozen), else None. batch: arrays [B, T] of data.py.
     Noise is drawn from fold_in(seed, step), so a resumed run sees the same. report: {"by_depth": sums of scores.py,
     "grad_norm": float32[], "learning_rate": float32[]}.
     """
@@ -155,7 +155,7 @@ def make_train_step(
         else:
             rows = train.batch_size // train.accumulate
             split = lambda x: constrain(x.reshape(-1, rows, *x.shape[1:]), None, "batch", *(None,) * (x.ndim - 1))
-            zeros = jax.tree.map(jnp.zeros_like, (state.params, (jnp.zeros(()), jnp.zeros((noise.length + 1, 4)))))
+            zeros = jax.tree.map(jnp.zeros_like, (state.params, (jnp.zeros(()), jnp.zeros((run.depths + 1, 4)))))
             (grads, (divisor, sums)), _ = jax.lax.scan(one_part, zeros, jax.tree.map(split, whole))
         grads = jax.tree.map(lambda g: g / jnp.maximum(divisor, 1.0), grads)
         with jax.numpy_dtype_promotion("standard"):  # optax relies on it

@@ -189,7 +189,7 @@ def test_bad_settings_are_refused(run, args, named):
     "args, named",
     [
         (["--prompt", "a", "--ckpt", "/no/such"], "--ckpt /no/such: no such file or directory; accepted:"),
-        (["--prompt", "a", "--method", "medusa"], "invalid choice: 'medusa'"),
+        (["--prompt", "a", "--method", "beam"], "invalid choice: 'beam'"),
         (["--ckpt", "x"], "one of the arguments --prompt"),
     ],
 )

@@ -18,6 +18,7 @@ from msn_jax.decode.engine import Engine
 from msn_jax.decode.request import Request
 from msn_jax.decode.sources.recycling import RANKS
 from msn_jax.decode.tree_sets import METHODS
+from msn_jax.heads import init_heads
 
 pytestmark = pytest.mark.slow
 
@@ -60,7 +61,8 @@ def decoded(lm, asked, **settings):
 def stopping(tiny_lm):
     """A model two of whose usual tokens end a reply."""
     usual = [r.tokens[-1] for r in decoded(tiny_lm, requests(lambda _: GREEDY), method="ar")]
-    return dataclasses.replace(tiny_lm, stop_ids=(usual[1], usual[4]))
+    heads = init_heads(tiny_lm.cfg, 3)
+    return dataclasses.replace(tiny_lm, stop_ids=(usual[1], usual[4]), heads=heads)
 
 
 @pytest.fixture(scope="module")

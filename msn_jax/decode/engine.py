@@ -21,9 +21,9 @@ import numpy as np
 from msn_jax.config import DecodeConfig
 from msn_jax.decode import loop, seats
 from msn_jax.decode.request import Request
-from msn_jax.decode.sources import sources_of
+from msn_jax.decode.sources import drafters, sources_of
 from msn_jax.decode.stops import tokens_until_stop
-from msn_jax.decode.tree import TreeSet
+from msn_jax.decode.tree import MEDUSA, TreeSet
 from msn_jax.decode.tree_sets import tree_set
 from msn_jax.errors import InputError
 from msn_jax.io.loading import LM
@@ -307,7 +307,7 @@ class Engine:
 
     def _cycles(self, state: loop.DecodeState, cycles: int, enough: int) -> tuple[loop.DecodeState, loop.Progress]:
         lm, most, enough = self.lm, np.int32(cycles), np.int32(enough)
-        return loop.run(lm.params, state, most, lm.drafter, enough, cfg=lm.cfg, trees=self.trees)
+        return loop.run(lm.params, state, most, drafters(lm), enough, cfg=lm.cfg, trees=self.trees)
 
     def _empty(self, slots: int, memory: dict[str, Any]) -> loop.DecodeState:
         """A state whose rows are all done."""
@@ -347,8 +347,17 @@ def alike(left: list[int], right: list[int]) -> int:
 
 
 def trees_of(lm: LM, method: str, tree: str | None, batch_size: int) -> TreeSet:
-    """The trees of a method with this model. Raises InputError where its adapter has too little noise for them."""
+    """The trees of a method with this model.
+
+    Raises InputError where it has no heads for them, or its adapter too little noise.
+    """
     trees = tree_set(method, tree, lm.backend, lm.drafter is not None, batch_size)
+    ahead, have = trees.ask(MEDUSA)[0], 0 if lm.heads is None else len(lm.heads.bias)
+    if ahead > have:
+        raise InputError(
+            f"tree {trees.name!r} asks for {ahead} Medusa heads; {lm.name} has {have}; "
+            "accepted: --adapter with a directory of as many"
+        )
     depths = max(int(tree.noise_depth.max()) for tree in trees.trees)
     if lm.drafter is not None and depths > len(lm.drafter.noise_embed):
         raise InputError(

@@ -7,6 +7,7 @@ from msn_jax.decode.tree import (
     EITHER,
     JACOBI,
     LOOKAHEAD,
+    MEDUSA,
     NOISE,
     PROBES,
     RECYCLING,
@@ -65,6 +66,9 @@ _TREES = (
     likely("recycle80", 79, _ODDS, RECYCLING),
     guesses("lookahead15", 2, 3, 3),
     guesses("lookahead56", 7, 4, 7),  # the published sizes
+    branching("medusa8", 0, {(): 4, (0,): 2, (0, 0): 1}, kind=MEDUSA),
+    branching("medusa16", 0, {(): 6, (0,): 4, (1,): 2, (0, 0): 2, (0, 0, 0): 1}, kind=MEDUSA),
+    branching("medusa64", 0, _MEDUSA_63, kind=MEDUSA),
     likely("mix16", 8, _ODDS, RECYCLING, retrieval=7),
     likely("mix64", 48, _ODDS, RECYCLING, retrieval=15),
     # For a draft-only adapter where a pass of many nodes costs little: all sources, and noise under many ends.
@@ -88,6 +92,7 @@ _USES = {
     "lookup": (RETRIEVAL,),
     "recycling": (RECYCLING,),
     "lookahead": (LOOKAHEAD, WINDOW),
+    "medusa": (MEDUSA,),
     "ar": (),
 }
 METHODS = tuple(_USES)
@@ -98,6 +103,7 @@ _SMALL = {
     "jacobi": "chain4",
     "recycling": "recycle8",
     "lookahead": "lookahead15",
+    "medusa": "medusa8",
 }
 _SMALL_DRAFT_ONLY = _SMALL | {"tr-jacobi": "draft", "jacobi": "ahead8"}
 _MIDDLE = {
@@ -106,6 +112,7 @@ _MIDDLE = {
     "jacobi": "small13",
     "recycling": "recycle16",
     "lookahead": "lookahead15",
+    "medusa": "medusa16",
 }
 _MIDDLE_DRAFT_ONLY = _MIDDLE | {"tr-jacobi": "ahead", "jacobi": "ahead16"}
 _LARGE = {
@@ -114,6 +121,7 @@ _LARGE = {
     "jacobi": "msn69",
     "recycling": "recycle64",
     "lookahead": "lookahead56",
+    "medusa": "medusa64",
 }
 _LARGE_DRAFT_ONLY = _LARGE | {"tr-jacobi": "wide64", "jacobi": "ahead16"}
 

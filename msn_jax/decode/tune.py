@@ -20,6 +20,7 @@ import numpy as np
 from msn_jax.config import DecodeConfig
 from msn_jax.decode import loop, tree_file
 from msn_jax.decode.source import Seen, Source
+from msn_jax.decode.sources import drafters
 from msn_jax.decode.sources.retrieval import retrieve
 from msn_jax.decode.tree import (
     JACOBI,
@@ -129,7 +130,7 @@ def survey(lm, prompts: Sequence[list[int]], max_new_tokens: int, batch: int = 4
         )
         state = state.replace(done=jnp.arange(batch) >= len(prompts) - at)
         state = loop.prefill(lm.params, state, cfg=lm.cfg, chunk=CHUNK)
-        state, _ = loop.run(lm.params, state, 2**31 - 1, lm.drafter, cfg=lm.cfg, trees=trees)
+        state, _ = loop.run(lm.params, state, 2**31 - 1, drafters(lm), cfg=lm.cfg, trees=trees)
         seen, forwards, accepted = jax.device_get((state.drafts["survey"][0], state.forwards, state.accepted))
         for row, prompt in enumerate(prompts[at : at + batch]):
             passes = int(forwards[row]) - 1  # the last one was cut by the limit or a stop
@@ -158,7 +159,7 @@ def pass_seconds(lm, nodes: int, batch: int, slots: int = 512, cycles: int = 4, 
         )
         jax.block_until_ready(state)
         start = time.perf_counter()
-        state, _ = loop.run(lm.params, state, cycles, lm.drafter, cfg=lm.cfg, trees=trees)
+        state, _ = loop.run(lm.params, state, cycles, drafters(lm), cfg=lm.cfg, trees=trees)
         jax.block_until_ready(state)
         times.append((time.perf_counter() - start) / int(state.passes[0]))
     return min(times[1:])

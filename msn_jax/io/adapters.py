@@ -1,4 +1,4 @@
-"""Files of an adapter: adapter_config.json (its LoraConfig, the base model) and adapter.safetensors."""
+"""Files of an adapter or of heads: adapter_config.json (how it is made, the base model) and adapter.safetensors."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from safetensors.numpy import save
 from msn_jax.adapters import Marked, declare_adapter
 from msn_jax.config import LINEAR_MAPS, LoraConfig
 from msn_jax.errors import InputError, warn
+from msn_jax.heads import MedusaHeads, declare_heads
 from msn_jax.io import peft
 from msn_jax.io.files import download, is_hub_id
 from msn_jax.io.hf import EMBED, HEAD, TensorSource, layer_names, read_json
@@ -34,17 +35,21 @@ _SCALE = ".scale"  # of a tensor stored in int8: what a row's numbers are multip
 
 def save_adapter(
     folder: str | Path,
-    adapter: Layer | DraftAdapter | Marked,
+    adapter: Layer | DraftAdapter | Marked | MedusaHeads,
     lora: LoraConfig,
     base: str,
     trained_on: dict[str, Any] | None = None,
 ) -> None:
-    """Write a stacked adapter, or embeddings of noise alone (a DraftAdapter without layers), in lora.stored_dtype.
+    """Write a stacked adapter, or embeddings of noise alone (a DraftAdapter without layers), in lora.stored_dtype; or
+    heads, in float16.
 
     base: the checkpoint that it was trained on. trained_on: the `fingerprint` of that.
     """
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(adapter, MedusaHeads):
+        tensors = {name: np.asarray(tensor, np.float16) for name, tensor in vars(adapter).items()}
+        return _write(folder, tensors, {"base": base, "heads": "medusa"} | (trained_on or {}))
     layers, noise_embed = adapter, None
     if isinstance(adapter, DraftAdapter | Marked):
         layers = adapter.weights if isinstance(adapter, Marked) else adapter.layers
@@ -56,8 +61,11 @@ def save_adapter(
         tensors |= _stored(f"{name}.b", np.asarray(low_rank.b), low_rank.b.ndim - 1, lora.stored_dtype)
     if noise_embed is not None:
         tensors["noise_embed"] = noise_embed.astype(np.float32 if lora.stored_dtype == "float32" else np.float16)
+    _write(folder, tensors, {"base": base} | (trained_on or {}) | dataclasses.asdict(lora))
+
+
+def _write(folder: epath.Path, tensors: dict[str, np.ndarray], settings: dict[str, Any]) -> None:
     (folder / WEIGHTS).write_bytes(save(tensors))
-    settings = {"base": base} | (trained_on or {}) | dataclasses.asdict(lora)
     (folder / CONFIG).write_text(json.dumps(settings, indent=1) + "\n")
 
 
@@ -143,7 +151,7 @@ def _settings(adapter: Path) -> dict[str, Any]:
     return settings
 
 
-def load_adapter(adapter: str | Path, cfg: ModelConfig) -> Layer | DraftAdapter | Marked:
+def load_adapter(adapter: str | Path, cfg: ModelConfig) -> Layer | DraftAdapter | Marked | MedusaHeads:
     """Read what `save_adapter` or PEFT wrote, for a model of this shape; stacked float32.
 
     Raises InputError for what holds no adapter, or one of another shape (the tensor is named).
@@ -155,8 +163,11 @@ def load_adapter(adapter: str | Path, cfg: ModelConfig) -> Layer | DraftAdapter 
     base = settings.pop("base")
     for name in ("base_norms", "base_sample"):
         settings.pop(name, None)
+    heads = settings.pop("heads", None)
+    if heads not in (None, "medusa"):
+        raise InputError(f"adapter {folder}: holds heads of the kind {heads!r}; accepted: medusa")
     try:
-        lora = LoraConfig(**settings)
+        lora = LoraConfig(**({} if heads else settings))
         file = safe_open(path, framework="numpy")
     except InputError:
         raise
@@ -172,6 +183,10 @@ def load_adapter(adapter: str | Path, cfg: ModelConfig) -> Layer | DraftAdapter 
             )
         tensor = file.get_tensor(key).astype(np.float32)
         return jnp.asarray(tensor * file.get_tensor(key + _SCALE) if key + _SCALE in shapes else tensor)
+
+    if heads:
+        specs = declare_heads(cfg, shapes.get("bias", (0,))[0])
+        return MedusaHeads(weight=read("weight", specs.weight), bias=read("bias", specs.bias))
 
     def one(name: str, low: LowRank | None) -> LowRank | None:
         return low and low.replace(a=read(f"{name}.a", low.a), b=read(f"{name}.b", low.b))

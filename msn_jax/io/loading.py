@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from msn_jax.adapters import Marked, declare_trained, merge
 from msn_jax.errors import InputError, warn
+from msn_jax.heads import MedusaHeads
 from msn_jax.io import gguf, hf, run_dir, tokenizer
 from msn_jax.io.adapters import check_base, find_adapter, load_adapter
 from msn_jax.io.checkpoints import restore_params
@@ -53,6 +54,7 @@ class LM:
     tokenizer: PreTrainedTokenizerBase
     stop_ids: tuple[int, ...]  # every id that ends a reply
     drafter: DraftAdapter | None = None  # predicts at noise positions; replies are those of `params` alone
+    heads: MedusaHeads | None = None  # predict from the last hidden state
     mesh: Mesh | None = None  # that the weights are spread over; None: they lie on one device
     memory: dict[str, jax.Array] | None = None  # of sources of drafts, by name, kept from call to call
     ran: set = dataclasses.field(default_factory=set, init=False, compare=False)  # programs that have run once, warm
@@ -60,6 +62,7 @@ class LM:
     def __repr__(self) -> str:
         count = sum(p.size for p in jax.tree.leaves(self.params))
         drafter = ", with a draft-only adapter" if self.drafter is not None else ""
+        drafter += ", with Medusa heads" if self.heads is not None else ""
         return f"LM({self.name!r}: {count:,} parameters, {self.dtype} on {self.backend}{drafter})"
 
     @property
@@ -93,7 +96,7 @@ def load(ckpt: str | Path, adapter: str | Path | None = None, dtype=jnp.float32,
     ckpt: a Hugging Face directory, a .gguf file, a run directory of train.py, a hub id, or the alias
     smollm2-135m-instruct. adapter: a directory that io.adapters.save_adapter or PEFT wrote, its .safetensors file, or a
     hub id; it is merged into the weights, or, where it is draft-only, kept beside them, as embeddings of marked noise
-    are. An adapter of other weights than these is put on them with a warning.
+    and heads are. An adapter of other weights than these is put on them with a warning.
     dtype: float32 or bfloat16, of weights and computation, or int8, of weights that multiply as bfloat16. mesh: of
     `make_mesh`, to spread weights and cache over.
     Raises InputError, one line that names what was found and what is accepted.
@@ -108,7 +111,7 @@ def load(ckpt: str | Path, adapter: str | Path | None = None, dtype=jnp.float32,
     else:
         found = find_adapter(adapter)
 
-        def checked(lm: LM) -> Layer | DraftAdapter | Marked:
+        def checked(lm: LM) -> Layer | DraftAdapter | Marked | MedusaHeads:
             weights = load_adapter(found, lm.cfg)
             check_base(found, lm.params, lm.name)
             return weights
@@ -138,7 +141,7 @@ def _load_adapted(read: Callable[..., LM], dtype, adapter_of: Callable) -> LM:
     """read(dtype) with adapter_of(it); what is merged is so before weights are rounded to int8."""
     lm = read(dtype=dtype)
     adapter = adapter_of(lm)
-    if jnp.dtype(dtype) != jnp.int8 or isinstance(adapter, DraftAdapter):
+    if jnp.dtype(dtype) != jnp.int8 or isinstance(adapter, DraftAdapter | MedusaHeads):
         return _adapted(lm, adapter)
     del lm
     lm = _adapted(read(dtype=jnp.bfloat16), adapter)
@@ -153,12 +156,14 @@ def _load_opened(ckpt: str, dtype, mesh: Mesh | None) -> LM:
 
 
 def _load_run(folder: str, dtype, mesh: Mesh | None) -> LM:
-    """The newest checkpoint of a run; of a LoRA run, its base with the adapter merged."""
+    """The newest checkpoint of a run; of one whose model is frozen, its base with what was trained."""
     config, files = run_dir.read_config(folder), local_files(folder)
     tok, stops = tokenizer.from_folder(files)  # with the chat template that it was trained with
     stop_ids = tuple(sorted(stops | hf.stop_ids(files)))
-    restored = lambda cfg: restore_params(folder, _float32(declare_trained(cfg, config.lora, config.noise)))[0]
-    if config.lora.rank:
+    restored = lambda cfg: restore_params(
+        folder, _float32(declare_trained(cfg, config.lora, config.noise, config.heads))
+    )[0]
+    if config.frozen:
         try:
             lm = _load_adapted(partial(load, config.model.ckpt, mesh=mesh), dtype, lambda base: restored(base.cfg))
         except InputError as e:
@@ -175,8 +180,10 @@ def _load_run(folder: str, dtype, mesh: Mesh | None) -> LM:
     return lm if marks is None else _adapted(lm, marks)
 
 
-def _adapted(lm: LM, adapter: Layer | DraftAdapter | Marked) -> LM:
+def _adapted(lm: LM, adapter: Layer | DraftAdapter | Marked | MedusaHeads) -> LM:
     match adapter:
+        case MedusaHeads():
+            return dataclasses.replace(lm, heads=jax.tree.map(lambda a: jnp.asarray(a, lm.dtype), adapter))
         case DraftAdapter(layers, noise_embed):
             drafter = DraftAdapter(layers and unstack(layers), noise_embed)
             return dataclasses.replace(lm, drafter=jax.tree.map(lambda a: jnp.asarray(a, lm.dtype), drafter))
