@@ -17,13 +17,23 @@ import numpy as np
 
 from msn_jax import InputError, train_step
 from msn_jax.adapters import init_trained
-from msn_jax.config import DataConfig, DataSource, LoraConfig, ModelStart, NoiseConfig, RunConfig, TrainConfig
+from msn_jax.config import (
+    DataConfig,
+    DataSource,
+    HeadsConfig,
+    LoraConfig,
+    ModelStart,
+    NoiseConfig,
+    RunConfig,
+    TrainConfig,
+)
 from msn_jax.io.adapters import save_adapter
 from msn_jax.objectives.scores import metrics_of
 
 INLINE = NoiseConfig(length=4, density=0.4)
 BESIDE = NoiseConfig(length=4, layout="beside", anchors=48)
 DRAFT = re.compile(r"draft-r(\d+)(-int8)?(-l1|-overlap)?(?:-n(\d))?")
+MEDUSA = re.compile(r"medusa-(\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +44,17 @@ class Arm:
     learning_rate: float
     steps: int | None  # None: as many as there is time for
     rows: int
+    heads: HeadsConfig = HeadsConfig()
+
+    @property
+    def drafts(self) -> bool:
+        """Whether it learns to draft the replies of a model that stays: its own replies are learnt."""
+        return self.lora.draft_only or self.heads.kind is not None
 
     @property
     def program(self) -> str:
         """Arms with the same one share their compiled programs."""
-        return repr((self.noise, self.lora, self.learning_rate, self.rows))
+        return repr((self.noise, self.lora, self.heads, self.learning_rate, self.rows))
 
     def run(self, args: argparse.Namespace) -> RunConfig:
         """Its settings; the steps are given while it runs."""
@@ -50,12 +66,13 @@ class Arm:
             warmup_steps=10,
             dtype=args.dtype,
             # As the arms of evidence.yaml, and as what a draft-only adapter meets on an accelerator.
-            activation_dtype=args.activations or (None if self.lora.draft_only else "float32"),
+            activation_dtype=args.activations or (None if self.drafts else "float32"),
             remat=args.remat,
             head_chunk=192,
         )
         source = DataConfig(sources=[DataSource(path="packed")], max_tokens=args.tokens)
-        return RunConfig(model=ModelStart(ckpt=args.ckpt), data=source, noise=self.noise, train=train, lora=self.lora)
+        parts = {"noise": self.noise, "train": train, "lora": self.lora, "heads": self.heads}
+        return RunConfig(model=ModelStart(ckpt=args.ckpt), data=source, **parts)
 
 
 def parse_arm(text: str, rows: int) -> Arm:
@@ -69,10 +86,15 @@ def parse_arm(text: str, rows: int) -> Arm:
             noise = dataclasses.replace(noise, loss=loss[1:], decay=float(np.exp(-1 / 4)))
         lora = LoraConfig(rank=int(rank), alpha=float(rank), draft_only=True, store="int8" if int8 else "float16")
         return Arm(text, noise, lora, 1e-3, steps, wide)
+    if found := MEDUSA.fullmatch(name):
+        noise, heads = NoiseConfig(kind="none", decay=0.8), HeadsConfig(kind="medusa", count=int(found[1]))
+        return Arm(text, noise, LoraConfig(), 2e-3, steps, wide, heads)
     layout, *options = name.split("-")
     known = {"plain": NoiseConfig(kind="none", length=4), "inline": INLINE, "beside": BESIDE}
     if layout not in known or set(options) - {"marked", "model"}:
-        raise InputError(f"--arms {text}: accepted: draft-rRANK, plain, inline, beside, inline-marked, beside-marked")
+        raise InputError(
+            f"--arms {text}: accepted: draft-rRANK, medusa-HEADS, plain, inline, beside, inline-marked, beside-marked"
+        )
     noise = dataclasses.replace(
         known[layout], mark="marked" in options, target="model" if "model" in options else "label"
     )
@@ -111,7 +133,7 @@ class Programs:
             return jax.lax.map(lambda part: evaluate(params, frozen, *part), (held, jnp.arange(count)))
 
         def fresh(key):
-            params = init_trained(key, cfg, arm.lora, arm.noise)
+            params = init_trained(key, cfg, arm.lora, arm.noise, heads=arm.heads)
             opt_state = train_step.make_optimizer(self.run.train).init(params)
             return train_step.TrainState(step=jnp.int32(0), params=params, opt_state=opt_state)
 

@@ -3,8 +3,9 @@
     python -m experiments.learn --ckpt CKPT --prompts A.jsonl --tuning B.jsonl --questions Q.jsonl --out OUT \
       --arms plain,inline,inline-marked,beside,beside-marked,draft-r28,draft-r48-int8 --seconds 300
 
-Arms: draft-rRANK[-int8][-l1|-overlap][-nLENGTH] learn the model's own replies to --prompts (draft-only adapters);
-plain, inline[-marked] and beside[-marked][-model] are LoRA runs of rank 16 on --tuning, as the arms of evidence.yaml.
+Arms: draft-rRANK[-int8][-l1|-overlap][-nLENGTH] (draft-only adapters) and medusa-HEADS learn the model's own replies
+to --prompts; plain, inline[-marked] and beside[-marked][-model] are LoRA runs of rank 16 on --tuning, as the arms of
+evidence.yaml.
 ARM@STEPSxROWS trains that long; draft arms without it share what is left of --seconds. Arms with steps come first.
 Each arm's adapter and figures are in --out as soon as it is done: OUT/ARM-seedS/, OUT/learn.jsonl.
 """
@@ -28,6 +29,7 @@ from experiments.packed import conversations, encoded, own_examples, pack, promp
 from msn_jax import DecodeConfig, InputError, init, load
 from msn_jax.adapters import init_trained
 from msn_jax.config import DataSource
+from msn_jax.decode.sources import drafters
 from msn_jax.errors import first_line
 from msn_jax.io.adapters import load_adapter, loaded_fingerprint
 from msn_jax.io.loading import LM
@@ -40,6 +42,8 @@ from msn_jax.terminal import run_command
 
 def plan(arm: Arm, args: argparse.Namespace) -> dict[str, str]:
     """What an arm is measured with, by dtype."""
+    if arm.heads.kind:
+        return {args.dtype: args.medusa_methods}
     if not arm.lora.draft_only:
         return {args.dtype: args.marked_methods if arm.noise.mark else args.methods}
     methods = {args.dtype: args.draft_methods}
@@ -77,6 +81,7 @@ def main() -> None:
     p.add_argument("--methods", default="jacobi:small13,tr-jacobi:small13")
     p.add_argument("--marked_methods", default="jacobi:draft13,tr-jacobi:draft13mix")
     p.add_argument("--draft_methods", default="jacobi:draft13,tr-jacobi:draft13mix")
+    p.add_argument("--medusa_methods", default="medusa:medusa16")
     p.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     p.add_argument("--activations", choices=("float32", "bfloat16"), help="of training; else each arm has its own")
     p.add_argument("--remat", default="none", choices=("full", "dots", "none"))
@@ -109,7 +114,7 @@ def main() -> None:
     compiling, measuring, in_turn = ThreadPoolExecutor(16), ThreadPoolExecutor(16), defaultdict(Lock)
 
     def measured(model: LM, name: str, methods: str, **record) -> None:
-        shapes = jax.tree.map(lambda x: (x.shape, x.dtype), (model.params.embed, model.drafter))
+        shapes = jax.tree.map(lambda x: (x.shape, x.dtype), (model.params.embed, drafters(model)))
         with writing:
             turn = in_turn[str(shapes)]
         with turn:
@@ -120,15 +125,15 @@ def main() -> None:
     if args.adapter:
         given = load_adapter(args.adapter, lm.cfg)
         waiting.append(measuring.submit(measured, with_trained(lm, given, args.dtype), "adapter", args.draft_methods))
-    shapes = {(arm.lora.draft_only and arm.lora.rank, arm.noise.mark, arm.noise.length): arm for arm in arms}
-    for arm in (arm for arm in shapes.values() if arm.lora.draft_only or arm.noise.mark):
-        new = init_trained(jax.random.key(0), lm.cfg, arm.lora, arm.noise)
+    shape_of = lambda arm: (arm.lora.draft_only and arm.lora.rank, arm.noise.mark, arm.noise.length, arm.heads)
+    for arm in (arm for arm in {shape_of(arm): arm for arm in arms}.values() if arm.drafts or arm.noise.mark):
+        new = init_trained(jax.random.key(0), lm.cfg, arm.lora, arm.noise, heads=arm.heads)
         for dtype, methods in plan(arm, args).items():
             model = with_trained(lm, new, dtype)
             waiting.append(measuring.submit(measured, model, f"new {arm.name}", methods))
 
     data, placed, programs = {}, {}, {}
-    drafting = any(arm.lora.draft_only for arm in arms)
+    drafting = any(arm.drafts for arm in arms)
 
     def held_in_batches(held: dict, rows: int) -> dict:
         short = -len(held["tokens"]) % rows
@@ -155,13 +160,13 @@ def main() -> None:
             name = "prompts" if kind == "own" else "tuning"
             raise InputError(f"--{name}: too few rows to learn from and to hold out")
         whole = jax.device_put(whole)
-        for arm in (arm for arm in arms if arm.lora.draft_only == (kind == "own")):
+        for arm in (arm for arm in arms if arm.drafts == (kind == "own")):
             if (kind, arm.rows) not in placed:
                 placed[kind, arm.rows] = whole, jax.device_put(held_in_batches(held, arm.rows)), count
         keep({kind: len(data[kind])}, f"{kind}: {len(data[kind])} examples in {count} packed rows")
 
     def compile_arms(kind: str) -> None:
-        for arm in (arm for arm in arms if arm.lora.draft_only == (kind == "own")):
+        for arm in (arm for arm in arms if arm.drafts == (kind == "own")):
             if arm.program not in programs:
                 if kind == "own":
                     empty = pack([], args.tokens)
@@ -197,7 +202,7 @@ def main() -> None:
     if drafting:
         compile_arms("own")
     answering = measuring.submit(answer) if drafting else None
-    if any(not arm.lora.draft_only for arm in arms):
+    if any(not arm.drafts for arm in arms):
         data["tuning"] = list(encoded(lm, conversations(args.tuning), args.tokens))
         place("tuning")
         compile_arms("tuning")
@@ -205,7 +210,7 @@ def main() -> None:
     def one_arm(trainer: Trainer, seed: int, seconds: float) -> None:
         arm, name = trainer.arm, f"{trainer.arm.name.replace('@', '-')}-seed{seed}"
         trained, figures = trainer.train(seed, seconds, args.out / name)
-        if arm.lora.draft_only:  # as it is stored, too
+        if arm.drafts:  # as it is stored, too
             figures["held_out_unrounded"] = trainer.held_out(trained)
             trained = load_adapter(args.out / name, lm.cfg)
         figures["held_out"] = trainer.held_out(trained)
@@ -218,9 +223,9 @@ def main() -> None:
 
     failed, scored = [], False
     for number, arm in enumerate(arms):
-        if arm.lora.draft_only:
+        if arm.drafts:
             answering.result()
-        rows = placed["own" if arm.lora.draft_only else "tuning", arm.rows]
+        rows = placed["own" if arm.drafts else "tuning", arm.rows]
         trainer = Trainer(arm, programs[arm.program].result(), *rows)
         if args.adapter and not scored and trainer.same_shape(given):
             found, scored = trainer.held_out(given), True

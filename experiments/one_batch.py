@@ -16,21 +16,24 @@ from msn_jax.adapters import Marked, merge
 from msn_jax.answers import repeated_4grams
 from msn_jax.decode.generate import generate_batches
 from msn_jax.decode.prompts import encode
+from msn_jax.heads import MedusaHeads
 from msn_jax.io.loading import LM
 from msn_jax.params import DraftAdapter, unstack
 
 
 def with_trained(lm: LM, trained: Any, dtype: str) -> LM:
     """The model as it decodes with what was trained beside its float32 weights, in a dtype."""
-    drafter, trained = None, jax.tree.map(np.asarray, trained)  # off whatever devices it was trained on
-    if isinstance(trained, DraftAdapter):
+    drafter, heads, trained = None, None, jax.tree.map(np.asarray, trained)  # off whatever devices it was trained on
+    if isinstance(trained, MedusaHeads):
+        heads = trained
+    elif isinstance(trained, DraftAdapter):
         drafter = trained.replace(layers=unstack(trained.layers))
     else:
         if isinstance(trained, Marked):
             drafter, trained = DraftAdapter(None, trained.noise_embed), trained.weights
         lm = dataclasses.replace(lm, params=merge(lm.params, unstack(trained)))
-    params, drafter = jax.tree.map(lambda x: jnp.asarray(x, dtype), (lm.params, drafter))
-    return dataclasses.replace(lm, params=params, drafter=drafter)
+    params, drafter, heads = jax.tree.map(lambda x: jnp.asarray(x, dtype), (lm.params, drafter, heads))
+    return dataclasses.replace(lm, params=params, drafter=drafter, heads=heads)
 
 
 def measure(lm: LM, questions: list[dict], methods: str, max_new_tokens: int) -> dict:
@@ -41,7 +44,7 @@ def measure(lm: LM, questions: list[dict], methods: str, max_new_tokens: int) ->
     for method in methods.split(","):
         config = dataclasses.replace(parse_method(method, base), batch_size=len(prompts))
         # One program of plain decoding for all arms.
-        model = dataclasses.replace(lm, drafter=None) if config.method == "ar" else lm
+        model = dataclasses.replace(lm, drafter=None, heads=None) if config.method == "ar" else lm
         (results,) = generate_batches(model, prompts, config)
         plain = plain or results
         for question, result in zip(questions, results, strict=True):

@@ -45,11 +45,13 @@ def test_arms_by_name():
     draft = parse_arm("draft-r48-int8-overlap-n5", rows=32)
     assert (draft.lora.rank, draft.lora.store, draft.noise.loss, draft.noise.length) == (48, "int8", "overlap", 5)
     assert (draft.steps, draft.rows) == (None, 32) and parse_arm("plain", 32).rows == 8
+    heads = parse_arm("medusa-4", rows=32)
+    assert heads.drafts and (heads.heads.count, heads.noise.kind, heads.lora.rank) == (4, "none", 0)
     with pytest.raises(InputError, match="--arms sideways: accepted"):
         parse_arm("sideways", 32)
 
 
-@pytest.mark.parametrize("name", ["beside-marked@4x2", "draft-r2@4x2"])
+@pytest.mark.parametrize("name", ["beside-marked@4x2", "draft-r2@4x2", "medusa-3@4x2"])
 def test_a_dispatch_is_so_many_steps(one_layer, tmp_path, name):
     cfg, params = one_layer
     rng = np.random.default_rng(0)

@@ -1,0 +1,130 @@
+"""Every way to draft beside ours: one model, one run, one loop; the arms of rivals.yaml take turns.
+
+    python -m benchmarks.rivals --questions FILE.jsonl --limit 26 --out OUT
+
+Prints tokens a pass with their interval (outputs that do not loop, resampled by question), speed to `ar` of the run,
+what is added and trained, and how many answers are those of `ar`; OUT/rivals.json keeps it. A run that was cut off goes
+on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import yaml
+from tqdm import tqdm
+
+from benchmarks.spec_bench import answer_group, parse_method, read_done
+from experiments.statistics import by_question, mat_interval
+from experiments.tables import interval, table
+from msn_jax import DecodeConfig, InputError, load
+from msn_jax.answers import figures
+from msn_jax.decode.engine import trees_of
+from msn_jax.io.loading import LM
+from msn_jax.questions import read_questions, spread
+from msn_jax.records import keep_rows, run_record
+from msn_jax.terminal import run_command
+
+PLAN = Path(__file__).parent / "rivals.yaml"
+
+
+def load_all(plan: dict, said=print) -> tuple[LM, dict[str, int]]:
+    """The model with all adapters of the plan that are there, and the bytes that each adds to its weights."""
+    lm, added = load(plan["ckpt"], dtype=plan["dtype"]), {}
+    for name, adapter in plan["adapters"].items():
+        if not Path(adapter["path"]).exists():
+            said(f"left out: what needs {name}; {adapter['path']} is not there ({adapter['trained']})")
+            continue
+        own = load(plan["ckpt"], adapter=adapter["path"], dtype=plan["dtype"])
+        parts = {part: getattr(own, part) for part in ("drafter", "heads") if getattr(own, part) is not None}
+        if len(parts) != 1:
+            raise InputError(f"{adapter['path']}: neither a draft-only adapter nor heads")
+        added[name] = sum(x.nbytes for x in jax.tree.leaves(parts))
+        lm = dataclasses.replace(lm, **parts)
+    return lm, added
+
+
+def row_of(lm: LM, plan: dict, arm: dict, config: DecodeConfig, rows: list[dict], ar: list[dict], added: dict) -> dict:
+    """An arm's line of the table."""
+    own = [row for row in rows if row["method"] == arm["method"]]
+    sums = by_question({"answers": own}, arm["method"])
+    needs = arm.get("needs")
+    return {
+        **{name: arm.get(name, "") for name in ("method", "what", "differs")},
+        "nodes": [tree.size for tree in trees_of(lm, config.method, config.tree, 1).trees],
+        "added_bytes": added.get(needs, 0),
+        "trained": plan["adapters"][needs]["trained"] if needs else "",
+        "mat_no_loops_interval": mat_interval(sums) if sums else None,
+        **figures(own, ar),
+    }
+
+
+def as_table(rows: list[dict[str, Any]]) -> str:
+    """The lines as Markdown, the best of our own last."""
+    head = [
+        "",
+        "method",
+        "nodes",
+        "tokens a pass, no loops",
+        "all",
+        "speed, x ar",
+        "same / answers",
+        "added",
+        "differs",
+    ]
+    lines = []
+    for row in rows:
+        sure = row["mat_no_loops_interval"]
+        lines.append(
+            [
+                row["what"],
+                f"`{row['method']}`",
+                ", ".join(map(str, row["nodes"])),
+                "1.00" if row["method"] == "ar" else interval(sure) if sure else "all loop",
+                f"{row['mat']:.2f}",
+                f"{row['ratio_to_ar']:.2f}",
+                f"{row['identical']} / {row['outputs']}",
+                f"{row['added_bytes'] / 1e6:.0f} MB, {row['trained']}" if row["added_bytes"] else "-",
+                row["differs"] or "-",
+            ]
+        )
+    return table(head, lines)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--plan", type=Path, default=PLAN, help="what to compare; left out: rivals.yaml beside this file")
+    p.add_argument("--questions", required=True, help="JSONL with question_id, category, turns")
+    p.add_argument("--limit", type=int, help="use this many questions, spread over the categories")
+    p.add_argument("--out", type=Path, required=True, help="folder for rivals.json, and for the answers so far")
+    args = p.parse_args()
+    plan = yaml.safe_load(args.plan.read_text(encoding="utf-8"))
+    if plan["arms"][0]["method"] != "ar":
+        raise InputError(f"--plan {args.plan}: the first arm must be ar; the others are compared with it")
+    questions = spread(read_questions(args.questions), args.limit)
+    lm, added = load_all(plan)
+    base = DecodeConfig(max_new_tokens=plan["max_new_tokens"])
+    arms = [arm for arm in plan["arms"] if "needs" not in arm or arm["needs"] in added]
+    configs = {arm["method"]: parse_method(arm["method"], base) for arm in arms}
+    run = {"plan": plan, "arms": list(configs), "questions": [q["question_id"] for q in questions]}
+    kept = args.out / "answers.jsonl"
+    done = read_done(kept, run)
+    for question in tqdm(questions[len(done) :], total=len(questions), initial=len(done), unit="question"):
+        done.append(answer_group(lm, [question], configs))
+        keep_rows(kept, [done[-1]])
+    rows = [row for group in done for row in group]
+    ar = [row for row in rows if row["method"] == "ar"]
+    lines = [row_of(lm, plan, arm, configs[arm["method"]], rows, ar, added) for arm in arms]
+    print(as_table(lines))
+    record = run_record() | {"dtype": plan["dtype"], "ckpt": plan["ckpt"], "arms": lines}
+    (args.out / "rivals.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {args.out / 'rivals.json'}")
+
+
+if __name__ == "__main__":
+    run_command(main)

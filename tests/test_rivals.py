@@ -1,0 +1,67 @@
+"""The table of rivals: what is compared, what is left out, and its figures, from a run on a tiny model."""
+
+import json
+
+import jax
+import pytest
+import yaml
+
+from benchmarks import rivals
+from msn_jax import InputError, load
+from msn_jax.config import LoraConfig
+from msn_jax.decode.tree_sets import tree_set
+from msn_jax.heads import init_heads
+from msn_jax.io.adapters import save_adapter
+
+pytestmark = pytest.mark.slow
+
+
+def test_every_arm_of_the_plan_has_trees():
+    plan = yaml.safe_load(rivals.PLAN.read_text())
+    names = [arm["method"] for arm in plan["arms"]]
+    assert names[0] == "ar" and len(set(names)) == len(names)
+    for arm in plan["arms"]:
+        tree_set(*arm["method"].split(":"))
+        assert arm.get("needs") in (None, *plan["adapters"])
+        assert {*arm} <= {"method", "what", "needs", "differs"}
+
+
+def test_a_table_from_a_tiny_model(tmp_path, tiny_ckpt, monkeypatch, capsys):
+    heads = jax.tree.map(lambda x: x + 0.1, init_heads(load(tiny_ckpt).cfg, 3))
+    save_adapter(tmp_path / "heads", heads, LoraConfig(), "tiny")
+    arm = lambda method, **more: {"method": method, "what": method} | more
+    plan = {
+        "ckpt": str(tiny_ckpt),
+        "dtype": "float32",
+        "max_new_tokens": 10,
+        "adapters": {
+            "medusa": {"path": str(tmp_path / "heads"), "trained": "not at all"},
+            "noise": {"path": str(tmp_path / "none"), "trained": "never"},
+        },
+        "arms": [
+            arm("ar"),
+            arm("lookahead:lookahead15", differs="sizes"),
+            arm("medusa:medusa8", needs="medusa"),
+            arm("tr-jacobi:draft", needs="noise"),
+        ],
+    }
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    asked = [{"question_id": i, "category": "a", "turns": ["Go on.", "And?"]} for i in range(2)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    options = ["--plan", str(tmp_path / "plan.yaml"), "--questions", str(tmp_path / "q.jsonl"), "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["rivals", *options])
+    rivals.main()
+    shown = capsys.readouterr().out
+    assert f"left out: what needs noise; {tmp_path / 'none'} is not there (never)" in shown
+    rows = json.loads((tmp_path / "rivals.json").read_text())["arms"]
+    assert [row["method"] for row in rows] == ["ar", "lookahead:lookahead15", "medusa:medusa8"]
+    assert [row["nodes"] for row in rows] == [[1], [15], [8]] and rows[1]["differs"] == "sizes"
+    assert [row["identical"] for row in rows] == [4, 4, 4] == [row["outputs"] for row in rows]
+    cfg = load(tiny_ckpt).cfg
+    assert [row["added_bytes"] for row in rows] == [0, 0, 4 * 3 * cfg.embed * (cfg.embed + 1)]
+    assert "| `medusa:medusa8` | 8 |" in shown and "not at all" in shown
+
+    plan["arms"] = plan["arms"][1:]
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    with pytest.raises(InputError, match="the first arm must be ar"):
+        rivals.main()
