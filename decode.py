@@ -121,6 +121,8 @@ def check_flags(args: argparse.Namespace, given: list[str]) -> None:
         refuse("--chat", "--out", "--html", "--compare", "--batch_size", "--chat_template")
     else:
         refuse("a run that is no --chat", "--system")
+    if not args.out:
+        refuse("a run without --out", "--logprobs")
     if args.method == "ar":
         refuse("--method ar", "--tree")
     if args.html and args.prompt is None:

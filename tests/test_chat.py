@@ -6,6 +6,7 @@ import re
 import pytest
 
 from msn_jax import DecodeConfig, InputError, chat, generate
+from msn_jax.decode.engine import Engine
 from msn_jax.io.tokenizer import require_template
 
 pytestmark = pytest.mark.slow
@@ -78,6 +79,29 @@ def test_ctrl_c_ends_a_reply_and_not_the_chat(talk, monkeypatch):
         pieces = iter(["12", KeyboardInterrupt(), "3", KeyboardInterrupt()])
         asked, err = talk("ab", KeyboardInterrupt(), "qc")
     assert [m["content"] for m in asked[1]] == ["ab", "12", "qc"] and err.count("interrupted") == 2
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_ctrl_c_while_a_prompt_is_read_leaves_nothing_half_read(talk, tiny_lm, monkeypatch, when):
+    """The model answers the next question as it would answer it alone."""
+    reads, read = [], Engine._read_chunk
+
+    def interrupted(engine, state, row, at):
+        reads.append(at)
+        if len(reads) == 2 and when == "before":
+            raise KeyboardInterrupt
+        state = read(engine, state, row, at)
+        if len(reads) == 2:  # after the old state was given away
+            raise KeyboardInterrupt
+        return state
+
+    generate(tiny_lm, ["ab"], max_new_tokens=4)  # what compiles reads too
+    monkeypatch.setattr(Engine, "_read_chunk", interrupted)
+    asked, err = talk("a" * 100, "bcd", "efg", new=9)
+    assert err.count("interrupted") == 1 and [m["content"] for m in asked[1]][1:] == ["", "bcd"]
+    monkeypatch.undo()
+    (plain,) = generate(tiny_lm, [asked[1]], method="ar", max_new_tokens=9)
+    assert asked[2][3]["content"] == plain.text
 
 
 def test_a_full_context_forgets_its_oldest_turns(talk, tiny_lm):

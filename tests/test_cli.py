@@ -170,6 +170,8 @@ def test_messages_of_tools_are_left_to_the_template():
         (["--prompts", __file__, "--out", __file__], "is also"),
         (["--prompts", ""], "--prompts : Is a directory"),
         (["--chat", "--out", "a"], "--out does nothing with --chat"),
+        (["--prompt", "a", "--logprobs", "2"], "--logprobs does nothing with a run without --out"),
+        (["--prompt", "a", "--stop", ""], r"stop = \[''\] is not possible; accepted: a list of texts"),
         (["--prompt", "a", "--method", "ar", "--tree", "msn69"], "--tree does nothing with --method ar"),
         (["--prompt", "\ud800"], "not valid Unicode"),
         (["--prompt", "a", "--top_k", "3000000000"], "top_k = 3000000000"),

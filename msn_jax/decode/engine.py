@@ -227,7 +227,7 @@ class Engine:
             free = [row for row, held in enumerate(self._rows) if held is None]
             # The one that has read most of it already; of several that which has least to lose.
             row = max(free, key=lambda row: (alike(self._left[row], request.prompt), -len(self._left[row])))  # noqa: B023
-            self._rows[row] = request
+            self._rows[row], self._read[row] = request, 0
             came.append(row)
         self._fit()
         if any(request and request.decode.logprobs is not None for request in self._rows):

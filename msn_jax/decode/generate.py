@@ -226,10 +226,13 @@ def _one_streamed(own: AbstractContextManager[Engine], request: Request) -> Gene
                 engine.step()
                 yield request.tokens[sent:]
                 sent = len(request.tokens)
-        finally:
-            if not request.finished:  # its reader has left
-                request.cancelled = True
-                engine.step()
+        except GeneratorExit:  # its reader has left
+            request.cancelled = True
+            engine.step()
+            raise
+        except BaseException:  # in the midst of a step: what the engine holds may be half done, or given away
+            engine.close()
+            raise
     return result_of(engine.lm, request, engine.method)
 
 
