@@ -38,7 +38,7 @@ from msn_jax.terminal import CACHE_HELP, run_command
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     class Parser(argparse.ArgumentParser):
         def error(self, message):  # one line, not the whole usage
-            self.exit(2, f"decode.py: error: {message}\n")
+            self.exit(2, f"{self.prog}: error: {message}\n")
 
     p = Parser(
         description=__doc__.split("\n")[0],

@@ -32,6 +32,7 @@ from jax.sharding import Mesh
 
 from msn_jax import data, train_step
 from msn_jax.adapters import Marked, merge
+from msn_jax.commands import decode_command
 from msn_jax.config import SECTIONS, LoraConfig, RunConfig
 from msn_jax.errors import InputError, named
 from msn_jax.io import export, hf, run_dir
@@ -291,7 +292,7 @@ def finish(setting: Setting, state: train_step.TrainState, flags) -> None:
             say(f"wrote {flags.export}/marks, embeddings of its noise: decode with --adapter {flags.export}/marks")
     if flags.plot:
         plot(run)
-    say(f"wrote {run.train.out}; decode with: python decode.py --ckpt {shlex.quote(run.train.out)} --prompt TEXT")
+    say(f"wrote {run.train.out}; decode with: {decode_command()} --ckpt {shlex.quote(run.train.out)} --prompt TEXT")
 
 
 def check_export(run: RunConfig, directory: str) -> None:

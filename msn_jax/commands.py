@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import runpy
+import importlib.util
 import sys
 from pathlib import Path
+
+from msn_jax.terminal import run_command
 
 
 def decode() -> None:
@@ -17,9 +19,16 @@ def train() -> None:
     _run("train.py")
 
 
+def decode_command() -> str:
+    """How a user calls decoding: by its command where training was called by one."""
+    return "msn-decode" if Path(sys.argv[0]).stem == "msn-train" else "python decode.py"
+
+
 def _run(script: str) -> None:
     here = Path(__file__).parent
     installed = here / "scripts" / script
     path = installed if installed.exists() else here.parent / script  # of a checkout
-    sys.argv[0] = script
-    runpy.run_path(str(path), run_name="__main__")
+    spec = importlib.util.spec_from_file_location(f"msn_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    run_command(module.main)

@@ -84,7 +84,7 @@ def test_installed_commands_are_the_scripts(name, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [f"msn-{name}", "--help"])
     with pytest.raises(SystemExit) as ended:
         getattr(commands, name)()
-    assert ended.value.code == 0 and f"usage: {name}.py" in capsys.readouterr().out
+    assert ended.value.code == 0 and f"usage: msn-{name}" in capsys.readouterr().out
 
 
 def test_a_wheel_has_the_scripts_where_the_commands_look():
