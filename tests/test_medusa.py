@@ -122,8 +122,8 @@ def test_heads_are_stored_and_belong_to_a_shape(tmp_path, tiny, heads, smollm2):
     with pytest.raises(InputError, match=r"weight has the shape \(3, 32, 32\); this model asks for \(3, 576, 576\)"):
         load_adapter(tmp_path / "heads", smollm2.cfg)
     path = tmp_path / "heads/adapter_config.json"
-    path.write_text(json.dumps({"base": "base", "heads": "hydra"}))
-    with pytest.raises(InputError, match="heads of the kind 'hydra'; accepted: medusa"):
+    path.write_text(json.dumps({"base": "base", "kind": "hydra"}))
+    with pytest.raises(InputError, match="is of the kind 'hydra'; accepted: medusa, ngrams"):
         load_adapter(tmp_path / "heads", tiny[0])
 
 

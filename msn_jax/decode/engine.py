@@ -23,7 +23,7 @@ from msn_jax.decode import loop, seats
 from msn_jax.decode.request import Request
 from msn_jax.decode.sources import drafters, sources_of
 from msn_jax.decode.stops import tokens_until_stop
-from msn_jax.decode.tree import MEDUSA, TreeSet
+from msn_jax.decode.tree import MEDUSA, NGRAMS, TreeSet
 from msn_jax.decode.tree_sets import tree_set
 from msn_jax.errors import InputError
 from msn_jax.io.loading import LM
@@ -357,6 +357,10 @@ def trees_of(lm: LM, method: str, tree: str | None, batch_size: int) -> TreeSet:
         raise InputError(
             f"tree {trees.name!r} asks for {ahead} Medusa heads; {lm.name} has {have}; "
             "accepted: --adapter with a directory of as many"
+        )
+    if NGRAMS in trees.names and lm.ngrams is None:
+        raise InputError(
+            f"tree {trees.name!r} drafts from n-grams, and {lm.name} has none; accepted: --adapter with some"
         )
     depths = max(int(tree.noise_depth.max()) for tree in trees.trees)
     if lm.drafter is not None and depths > len(lm.drafter.noise_embed):

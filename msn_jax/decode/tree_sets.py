@@ -8,6 +8,7 @@ from msn_jax.decode.tree import (
     JACOBI,
     LOOKAHEAD,
     MEDUSA,
+    NGRAMS,
     NOISE,
     PROBES,
     RECYCLING,
@@ -69,6 +70,11 @@ _TREES = (
     branching("medusa8", 0, {(): 4, (0,): 2, (0, 0): 1}, kind=MEDUSA),
     branching("medusa16", 0, {(): 6, (0,): 4, (1,): 2, (0, 0): 2, (0, 0, 0): 1}, kind=MEDUSA),
     branching("medusa64", 0, _MEDUSA_63, kind=MEDUSA),
+    likely("grams8", 7, _ODDS, NGRAMS),
+    likely("grams16", 15, _ODDS, NGRAMS),
+    likely("found8", 3, _ODDS, NGRAMS, retrieval=4),
+    likely("found16", 8, _ODDS, NGRAMS, retrieval=7),
+    likely("found64", 48, _ODDS, NGRAMS, retrieval=15),
     likely("mix16", 8, _ODDS, RECYCLING, retrieval=7),
     likely("mix64", 48, _ODDS, RECYCLING, retrieval=15),
     # For a draft-only adapter where a pass of many nodes costs little: all sources, and noise under many ends.
@@ -93,6 +99,7 @@ _USES = {
     "recycling": (RECYCLING,),
     "lookahead": (LOOKAHEAD, WINDOW),
     "medusa": (MEDUSA,),
+    "ngrams": (NGRAMS,),
     "ar": (),
 }
 METHODS = tuple(_USES)
@@ -104,6 +111,7 @@ _SMALL = {
     "recycling": "recycle8",
     "lookahead": "lookahead15",
     "medusa": "medusa8",
+    "ngrams": "grams8",
 }
 _SMALL_DRAFT_ONLY = _SMALL | {"tr-jacobi": "draft", "jacobi": "ahead8"}
 _MIDDLE = {
@@ -113,6 +121,7 @@ _MIDDLE = {
     "recycling": "recycle16",
     "lookahead": "lookahead15",
     "medusa": "medusa16",
+    "ngrams": "grams16",
 }
 _MIDDLE_DRAFT_ONLY = _MIDDLE | {"tr-jacobi": "ahead", "jacobi": "ahead16"}
 _LARGE = {
@@ -122,6 +131,7 @@ _LARGE = {
     "recycling": "recycle64",
     "lookahead": "lookahead56",
     "medusa": "medusa64",
+    "ngrams": "grams16",
 }
 _LARGE_DRAFT_ONLY = _LARGE | {"tr-jacobi": "wide64", "jacobi": "ahead16"}
 

@@ -27,6 +27,7 @@ from msn_jax.io.files import download, is_hub_id
 from msn_jax.io.hf import EMBED, HEAD, TensorSource, layer_names, read_json
 from msn_jax.linear import LowRank, widened
 from msn_jax.model_config import ModelConfig
+from msn_jax.ngrams import NgramTable
 from msn_jax.params import ArraySpec, DraftAdapter, Layer, Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter.safetensors"
@@ -35,7 +36,7 @@ _SCALE = ".scale"  # of a tensor stored in int8: what a row's numbers are multip
 
 def save_adapter(
     folder: str | Path,
-    adapter: Layer | DraftAdapter | Marked | MedusaHeads,
+    adapter: Layer | DraftAdapter | Marked | MedusaHeads | NgramTable,
     lora: LoraConfig,
     base: str,
     trained_on: dict[str, Any] | None = None,
@@ -47,9 +48,11 @@ def save_adapter(
     """
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(adapter, MedusaHeads):
-        tensors = {name: np.asarray(tensor, np.float16) for name, tensor in vars(adapter).items()}
-        return _write(folder, tensors, {"base": base, "heads": "medusa"} | (trained_on or {}))
+    if isinstance(adapter, MedusaHeads | NgramTable):
+        kind = "medusa" if isinstance(adapter, MedusaHeads) else "ngrams"
+        stored = lambda x: x.astype(np.float16) if x.dtype == np.float32 else x
+        tensors = {name: stored(np.asarray(tensor)) for name, tensor in vars(adapter).items()}
+        return _write(folder, tensors, {"base": base, "kind": kind} | (trained_on or {}))
     layers, noise_embed = adapter, None
     if isinstance(adapter, DraftAdapter | Marked):
         layers = adapter.weights if isinstance(adapter, Marked) else adapter.layers
@@ -151,7 +154,7 @@ def _settings(adapter: Path) -> dict[str, Any]:
     return settings
 
 
-def load_adapter(adapter: str | Path, cfg: ModelConfig) -> Layer | DraftAdapter | Marked | MedusaHeads:
+def load_adapter(adapter: str | Path, cfg: ModelConfig) -> Layer | DraftAdapter | Marked | MedusaHeads | NgramTable:
     """Read what `save_adapter` or PEFT wrote, for a model of this shape; stacked float32.
 
     Raises InputError for what holds no adapter, or one of another shape (the tensor is named).
@@ -163,11 +166,11 @@ def load_adapter(adapter: str | Path, cfg: ModelConfig) -> Layer | DraftAdapter 
     base = settings.pop("base")
     for name in ("base_norms", "base_sample"):
         settings.pop(name, None)
-    heads = settings.pop("heads", None)
-    if heads not in (None, "medusa"):
-        raise InputError(f"adapter {folder}: holds heads of the kind {heads!r}; accepted: medusa")
+    kind = settings.pop("kind", None)
+    if kind not in (None, "medusa", "ngrams"):
+        raise InputError(f"adapter {folder}: is of the kind {kind!r}; accepted: medusa, ngrams, or none for noise")
     try:
-        lora = LoraConfig(**({} if heads else settings))
+        lora = LoraConfig(**({} if kind else settings))
         file = safe_open(path, framework="numpy")
     except InputError:
         raise
@@ -184,7 +187,14 @@ def load_adapter(adapter: str | Path, cfg: ModelConfig) -> Layer | DraftAdapter 
         tensor = file.get_tensor(key).astype(np.float32)
         return jnp.asarray(tensor * file.get_tensor(key + _SCALE) if key + _SCALE in shapes else tensor)
 
-    if heads:
+    if kind == "ngrams":
+        keys, ranked = (file.get_tensor(name) for name in ("keys", "ranked"))
+        if ranked.shape[:2] != keys.shape or ranked.max() >= cfg.vocab_size:
+            raise InputError(
+                f"adapter {folder}: n-grams of another vocabulary than this model's {cfg.vocab_size} tokens"
+            )
+        return NgramTable(jnp.asarray(keys), jnp.asarray(ranked))
+    if kind:
         specs = declare_heads(cfg, shapes.get("bias", (0,))[0])
         return MedusaHeads(weight=read("weight", specs.weight), bias=read("bias", specs.bias))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from msn_jax.io.checkpoints import restore_params
 from msn_jax.io.files import download, is_hub_id, local_files
 from msn_jax.linear import activation_dtype
 from msn_jax.model_config import ModelConfig
+from msn_jax.ngrams import NgramTable
 from msn_jax.params import DraftAdapter, Layer, Params, declare, round_params, unstack, unstack_layers
 from msn_jax.sharding import check_mesh
 
@@ -55,6 +56,7 @@ class LM:
     stop_ids: tuple[int, ...]  # every id that ends a reply
     drafter: DraftAdapter | None = None  # predicts at noise positions; replies are those of `params` alone
     heads: MedusaHeads | None = None  # predict from the last hidden state
+    ngrams: NgramTable | None = None  # of its own earlier replies
     mesh: Mesh | None = None  # that the weights are spread over; None: they lie on one device
     memory: dict[str, jax.Array] | None = None  # of sources of drafts, by name, kept from call to call
     ran: set = dataclasses.field(default_factory=set, init=False, compare=False)  # programs that have run once, warm
@@ -63,6 +65,7 @@ class LM:
         count = sum(p.size for p in jax.tree.leaves(self.params))
         drafter = ", with a draft-only adapter" if self.drafter is not None else ""
         drafter += ", with Medusa heads" if self.heads is not None else ""
+        drafter += ", with n-grams" if self.ngrams is not None else ""
         return f"LM({self.name!r}: {count:,} parameters, {self.dtype} on {self.backend}{drafter})"
 
     @property
@@ -90,13 +93,19 @@ class Opened:
     source: hf.TensorSource
 
 
-def load(ckpt: str | Path, adapter: str | Path | None = None, dtype=jnp.float32, mesh: Mesh | None = None) -> LM:
+def load(
+    ckpt: str | Path,
+    adapter: str | Path | Sequence[str | Path] | None = None,
+    dtype=jnp.float32,
+    mesh: Mesh | None = None,
+) -> LM:
     """Load a checkpoint for decoding.
 
     ckpt: a Hugging Face directory, a .gguf file, a run directory of train.py, a hub id, or the alias
     smollm2-135m-instruct. adapter: a directory that io.adapters.save_adapter or PEFT wrote, its .safetensors file, or a
     hub id; it is merged into the weights, or, where it is draft-only, kept beside them, as embeddings of marked noise
-    and heads are. An adapter of other weights than these is put on them with a warning.
+    and heads and n-grams are; several go on one after the other. An adapter of other weights than these is put on them
+    with a warning.
     dtype: float32 or bfloat16, of weights and computation, or int8, of weights that multiply as bfloat16. mesh: of
     `make_mesh`, to spread weights and cache over.
     Raises InputError, one line that names what was found and what is accepted.
@@ -106,17 +115,16 @@ def load(ckpt: str | Path, adapter: str | Path | None = None, dtype=jnp.float32,
     if mesh is not None:
         check_mesh(mesh)
     read = partial(_load_run if run_dir.is_run(ckpt) else _load_opened, str(ckpt), mesh=mesh)
-    if adapter is None:
-        lm = read(dtype=dtype)
-    else:
-        found = find_adapter(adapter)
 
-        def checked(lm: LM) -> Layer | DraftAdapter | Marked | MedusaHeads:
-            weights = load_adapter(found, lm.cfg)
-            check_base(found, lm.params, lm.name)
-            return weights
+    def checked(lm: LM, found: Path) -> Layer | DraftAdapter | Marked | MedusaHeads | NgramTable:
+        weights = load_adapter(found, lm.cfg)
+        check_base(found, lm.params, lm.name)
+        return weights
 
-        lm = _load_adapted(read, dtype, checked)
+    adapters = () if adapter is None else (adapter,) if isinstance(adapter, str | Path) else adapter
+    for found in [find_adapter(one) for one in adapters]:
+        read = partial(_load_adapted, read, adapter_of=partial(checked, found=found))
+    lm = read(dtype=dtype)
     _check_finite(lm)
     return dataclasses.replace(lm, mesh=mesh)
 
@@ -141,7 +149,7 @@ def _load_adapted(read: Callable[..., LM], dtype, adapter_of: Callable) -> LM:
     """read(dtype) with adapter_of(it); what is merged is so before weights are rounded to int8."""
     lm = read(dtype=dtype)
     adapter = adapter_of(lm)
-    if jnp.dtype(dtype) != jnp.int8 or isinstance(adapter, DraftAdapter | MedusaHeads):
+    if jnp.dtype(dtype) != jnp.int8 or isinstance(adapter, DraftAdapter | MedusaHeads | NgramTable):
         return _adapted(lm, adapter)
     del lm
     lm = _adapted(read(dtype=jnp.bfloat16), adapter)
@@ -180,8 +188,10 @@ def _load_run(folder: str, dtype, mesh: Mesh | None) -> LM:
     return lm if marks is None else _adapted(lm, marks)
 
 
-def _adapted(lm: LM, adapter: Layer | DraftAdapter | Marked | MedusaHeads) -> LM:
+def _adapted(lm: LM, adapter: Layer | DraftAdapter | Marked | MedusaHeads | NgramTable) -> LM:
     match adapter:
+        case NgramTable():
+            return dataclasses.replace(lm, ngrams=adapter)
         case MedusaHeads():
             return dataclasses.replace(lm, heads=jax.tree.map(lambda a: jnp.asarray(a, lm.dtype), adapter))
         case DraftAdapter(layers, noise_embed):

@@ -6,13 +6,14 @@ from msn_jax.decode.source import Source, Weights
 from msn_jax.decode.sources.jacobi import Jacobi
 from msn_jax.decode.sources.lookahead import Lookahead
 from msn_jax.decode.sources.medusa import Medusa
+from msn_jax.decode.sources.ngrams import Ngrams
 from msn_jax.decode.sources.recycling import Recycling
 from msn_jax.decode.sources.retrieval import Retrieval
-from msn_jax.decode.tree import JACOBI, MEDUSA, TreeSet
+from msn_jax.decode.tree import JACOBI, MEDUSA, NGRAMS, TreeSet
 from msn_jax.model_config import ModelConfig
 from msn_jax.params import DraftAdapter, Params
 
-SOURCES: tuple[Source, ...] = (Retrieval(), Jacobi(), Recycling(), Lookahead(), Medusa())
+SOURCES: tuple[Source, ...] = (Retrieval(), Jacobi(), Recycling(), Lookahead(), Medusa(), Ngrams())
 
 
 Drafter = DraftAdapter | dict[str, Any]  # what sources have of their own, by name; an adapter alone is that of noise
@@ -20,7 +21,8 @@ Drafter = DraftAdapter | dict[str, Any]  # what sources have of their own, by na
 
 def drafters(lm) -> Drafter | None:
     """What the sources have of their own in a loaded LM, as `loop.run` takes it."""
-    return lm.drafter if lm.heads is None else {JACOBI: lm.drafter, MEDUSA: lm.heads}
+    others = {name: own for name, own in ((MEDUSA, lm.heads), (NGRAMS, lm.ngrams)) if own is not None}
+    return {JACOBI: lm.drafter, **others} if others else lm.drafter
 
 
 def sources_of(trees: TreeSet) -> tuple[Source, ...]:

@@ -1,0 +1,129 @@
+"""N-grams of earlier replies: counted, ranked, found again, and drafted at every depth of a tree."""
+
+import json
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import decode_all
+from test_source import PROMPTS
+
+from experiments import ngrams as script
+from msn_jax import InputError, generate, load
+from msn_jax.config import LoraConfig
+from msn_jax.decode import TREE_SETS, TreeSet, tree_set
+from msn_jax.decode.source import Weights, fill
+from msn_jax.decode.sources.ngrams import Ngrams
+from msn_jax.decode.tree import branching
+from msn_jax.io.adapters import load_adapter, save_adapter
+from msn_jax.ngrams import ORDER, RANKS, NgramTable, count, following, make_table, ranked
+
+TEXTS = [([9], [1, 2, 3, 1, 2, 4]), ([9], [1, 2, 3])]
+
+
+def table_of(texts, vocab=61, least=1, buckets=64):
+    table, lost = make_table(count(texts), vocab, least, buckets)
+    assert not lost
+    return NgramTable(jnp.asarray(table.keys), jnp.asarray(table.ranked))
+
+
+def test_counts_by_hand():
+    counts = count(TEXTS)
+    assert counts[0] == {(9,): {1: 2}, (1,): {2: 3}, (2,): {3: 2, 4: 1}, (3,): {1: 1}}
+    assert counts[1][1, 2] == {3: 2, 4: 1} and counts[3][9, 1, 2, 3] == {1: 1}
+    assert sum(sum(after.values()) for after in counts[0].values()) == 9  # each token of a reply, none of a prompt
+
+
+def test_ranks_by_hand():
+    counts = [{(2,): {5: 3, 6: 1}}, {(1, 2): {6: 1}}]
+    # One token: weight 4/6, so 5 has 1/2 and 6 has 1/6. Two: weight 1/2, so 5 has 1/4 and 6 has 1/12 + 1/2.
+    assert ranked(counts, (2,)) == [5, 6] and ranked(counts, (1, 2)) == [6, 5]
+
+
+def test_the_longest_known_end_of_a_context_counts():
+    rng = np.random.default_rng(0)
+    texts = [(rng.integers(0, 5, 2).tolist(), rng.integers(0, 5, 40).tolist()) for _ in range(12)]
+    counts, table = count(texts), table_of(texts, buckets=512)
+    contexts = rng.integers(0, 5, (200, ORDER))
+    contexts[:40, :2] = -1  # a text of two tokens
+    contexts[40:50] = rng.integers(6, 9, (10, ORDER))  # never seen
+    found = np.asarray(following(table, jnp.asarray(contexts, jnp.int32)))
+    lengths = set()
+    for context, got in zip(contexts.tolist(), found.tolist(), strict=True):
+        ends = [tuple(context[-n:]) for n in range(1, ORDER + 1) if -1 not in context[-n:]]
+        known = [end for end in ends if end in counts[len(end) - 1]]
+        best = ranked(counts, known[-1]) if known else [-1]
+        assert got == best + best[-1:] * (RANKS - len(best))
+        lengths.add(len(known[-1]) if known else 0)
+    assert lengths == {0, 1, 2, 3, 4}
+
+
+def test_rare_contexts_and_full_buckets_are_left_out():
+    table = table_of(TEXTS, least=2)
+    known = lambda *context: int(following(table, jnp.array([(-1,) * (ORDER - len(context)) + context]))[0, 0])
+    assert known(3) == 1  # of one token: always
+    assert known(1, 2) == 3 and known(3, 1) == 2  # the second came once, so its last token alone is known
+    small, lost = make_table(count(TEXTS), 61, 1, 1)
+    assert small.keys.shape == (1, 4) and (small.keys > 0).all() and lost == sum(map(len, count(TEXTS))) - 4
+
+
+def test_every_node_continues_what_stands_above_it():
+    tree = branching("grams", 0, {(): 2, (0,): 2, (0, 0): 1, (0, 0, 0): 1, (1,): 1}, kind="ngrams")
+    table = table_of([([9, 8], [1, 2, 3, 4, 5, 6]), ([7, 8], [1, 3])])
+    source = Ngrams()
+    weights = {"ngrams": Weights(None, table, None)}
+    drafted = lambda before: fill(
+        tree, (source,), weights, {"ngrams": ()}, {"ngrams": jnp.array([before])}, jnp.array([1])
+    )[0].tolist()
+    # After 8 1 came 2 and 3; after 1 2, 3; after 8 1 3 nothing that was not after 3 alone.
+    assert drafted([-1, 9, 8]) == [1, 2, 3, 3, -1, 4, 4, 5]
+    assert drafted([-1, 7, 8]) == [1, 3, 2, 4, -1, 3, 5, 6]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "seed": 3}], ids=["greedy", "sampled"])
+def test_ngrams_change_no_token(tiny, settings, batch):
+    cfg, params = tiny
+    settings, prompts = {"max_new_tokens": 40, **settings}, PROMPTS[-batch:]
+    _, plain = decode_all(params, cfg, TREE_SETS["root"], prompts, **settings)
+    own = table_of([(prompt, reply) for prompt, reply in zip(prompts, plain, strict=True)], buckets=1024)
+    state, drafted = decode_all(params, cfg, TREE_SETS["found16"], prompts, drafter={"ngrams": own}, **settings)
+    assert drafted == plain
+    assert state.forwards.max() < 20  # it has seen these very replies
+
+
+@pytest.mark.slow
+def test_a_table_from_replies_is_an_adapter(tiny_ckpt, tmp_path, monkeypatch, capsys):
+    talks = [
+        [{"role": "user", "content": "Count."}, {"role": "assistant", "content": text}] for text in ("123", "1245")
+    ]
+    rows = tmp_path / "own.jsonl"
+    rows.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in [*talks, [*talks[0][:1]]]))
+    run = lambda *more: monkeypatch.setattr(
+        sys, "argv", ["ngrams", "--ckpt", str(tiny_ckpt), "--replies", str(rows), "--out", str(tmp_path / "n"), *more]
+    )
+    run("--buckets", "100")
+    with pytest.raises(InputError, match="--buckets 100: accepted: a power of two"):
+        script.main()
+    run("--buckets", "64")
+    script.main()
+    assert "2 replies" in capsys.readouterr().out
+    lm = load(tiny_ckpt, adapter=[tmp_path / "n"])
+    assert "with n-grams" in repr(lm) and lm.heads is None
+    settings = dict(max_new_tokens=12, tree="grams8")
+    plain = generate(lm, [[3, 4, 5]], method="ar", max_new_tokens=12)[0]
+    assert generate(lm, [[3, 4, 5]], method="ngrams", **settings)[0].tokens == plain.tokens
+    with pytest.raises(InputError, match="'grams8' drafts from n-grams, and .* has none; accepted: --adapter"):
+        generate(load(tiny_ckpt), [[3, 4, 5]], method="ngrams", **settings)
+    save_adapter(tmp_path / "other", table_of([([0], [99, 98])], vocab=100), LoraConfig(), "base")
+    with pytest.raises(InputError, match="n-grams of another vocabulary than this model's 97 tokens"):
+        load_adapter(tmp_path / "other", lm.cfg)
+
+
+def test_no_default_tree_asks_for_ngrams():
+    for backend in ("cpu", "gpu", "tpu"):
+        for draft_only in (False, True):
+            assert "ngrams" not in tree_set("tr-jacobi", None, backend, draft_only).names
+    assert isinstance(TREE_SETS["found16"], TreeSet)
