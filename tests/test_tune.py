@@ -18,9 +18,8 @@ PROMPTS = [np.random.default_rng(n).integers(0, 61, n).tolist() for n in (3, 9, 
 @pytest.fixture
 def lm(tiny):
     cfg, params = tiny
-    return SimpleNamespace(
-        cfg=cfg, params=params, drafter=None, stop_ids=(), dtype=jnp.float32, backend="cpu", name="tiny"
-    )
+    nothing = {"drafter": None, "heads": None, "ngrams": None}
+    return SimpleNamespace(cfg=cfg, params=params, stop_ids=(), dtype=jnp.float32, backend="cpu", name="tiny", **nothing)
 
 
 @pytest.mark.slow
