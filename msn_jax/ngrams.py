@@ -94,17 +94,23 @@ def make_table(counts: list[dict], vocab_size: int, least: int, buckets: int) ->
     kept = [(sum(after.values()), context) for part in counts for context, after in part.items()]
     kept = [(n, context) for n, context in kept if n >= least or len(context) == 1]
     kept.sort(key=lambda pair: (-pair[0], pair[1]))
+    hashed = {}
+    for order in range(1, ORDER + 1):
+        contexts = [context for _, context in kept if len(context) == order]
+        ends = np.full((len(contexts), ORDER), -1)
+        ends[:, ORDER - order :] = np.array(contexts, int).reshape(-1, order)
+        hashed |= zip(contexts, zip(*(h.tolist() for h in hashes(ends, order)), strict=True), strict=True)
     keys = np.zeros((buckets, SLOTS), np.uint32)
     tokens = np.zeros((buckets, SLOTS, RANKS), np.uint16 if vocab_size <= 2**16 else np.int32)
     used, lost = np.zeros(buckets, int), 0
     for _, context in kept:
-        first, second = hashes(np.array([(-1,) * (ORDER - len(context)) + context]), len(context))
-        bucket = int(first[0]) & (buckets - 1)
+        first, second = hashed[context]
+        bucket = first & (buckets - 1)
         if used[bucket] == SLOTS:
             lost += 1
             continue
         best = ranked(counts, context)
-        keys[bucket, used[bucket]] = second[0]
+        keys[bucket, used[bucket]] = second
         tokens[bucket, used[bucket]] = best + best[-1:] * (RANKS - len(best))
         used[bucket] += 1
     return NgramTable(keys, tokens), lost

@@ -19,7 +19,9 @@ PROMPTS = [np.random.default_rng(n).integers(0, 61, n).tolist() for n in (3, 9, 
 def lm(tiny):
     cfg, params = tiny
     nothing = {"drafter": None, "heads": None, "ngrams": None}
-    return SimpleNamespace(cfg=cfg, params=params, stop_ids=(), dtype=jnp.float32, backend="cpu", name="tiny", **nothing)
+    return SimpleNamespace(
+        cfg=cfg, params=params, stop_ids=(), dtype=jnp.float32, backend="cpu", name="tiny", **nothing
+    )
 
 
 @pytest.mark.slow

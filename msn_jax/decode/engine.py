@@ -351,7 +351,7 @@ def trees_of(lm: LM, method: str, tree: str | None, batch_size: int) -> TreeSet:
 
     Raises InputError where it has no heads for them, or its adapter too little noise.
     """
-    trees = tree_set(method, tree, lm.backend, lm.drafter is not None, batch_size)
+    trees = tree_set(method, tree, lm.backend, lm.drafter is not None, batch_size, lm.ngrams is not None)
     ahead, have = trees.ask(MEDUSA)[0], 0 if lm.heads is None else len(lm.heads.bias)
     if ahead > have:
         raise InputError(

@@ -136,7 +136,10 @@ _LARGE = {
 _LARGE_DRAFT_ONLY = _LARGE | {"tr-jacobi": "wide64", "jacobi": "ahead16"}
 
 
-def _default(method: str, backend: str, draft_only: bool, batch: int) -> str:
+def _default(method: str, backend: str, draft_only: bool, batch: int, ngrams: bool) -> str:
+    if ngrams and method == "tr-jacobi" and (backend != "cpu" or batch == 1):
+        # CPU: measured (LOG.md). Elsewhere by the widths below.
+        return "found8" if backend == "cpu" else "found16" if backend == "tpu" or batch > 1 else "found64"
     if backend == "cpu" or (backend == "tpu" and batch > 1):
         # CPU: measured by benchmarks/step_cost.py and spec_bench.py (LOG.md). TPU, by XLA's estimates for Llama-3-8B
         # (docs/plan.md): with 8 prompts, 8 nodes each cost 1.25 (v5e) and 1.19 (v5p) of one token, 16 nodes 1.97 and
@@ -152,12 +155,18 @@ def _default(method: str, backend: str, draft_only: bool, batch: int) -> str:
 
 
 def tree_set(
-    method: str, name: str | None = None, backend: str = "cpu", draft_only: bool = False, batch: int = 1
+    method: str,
+    name: str | None = None,
+    backend: str = "cpu",
+    draft_only: bool = False,
+    batch: int = 1,
+    ngrams: bool = False,
 ) -> TreeSet:
     """The trees a method decodes with: those of `name`, less the drafts that the method does not use.
 
     name: one of TREE_SETS, or a .json file of --tune_out, in which there is a set for each batch size; None: the
-    default of backend and batch. draft_only: whether a draft-only adapter stands by, which has defaults of its own.
+    default of backend and batch. draft_only, ngrams: whether a draft-only adapter and n-grams stand by, which have
+    defaults of their own.
     Raises InputError for an unknown method or name, or where no draft is left.
     """
     if method not in METHODS:
@@ -167,7 +176,11 @@ def tree_set(
         raise InputError(f"unknown tree {name!r}; accepted: a .json file of --tune_out, {', '.join(TREE_SETS)}")
     if method == "ar":
         return TREE_SETS["root"]
-    base = tree_file.read(name, batch) if from_file else TREE_SETS[name or _default(method, backend, draft_only, batch)]
+    base = (
+        tree_file.read(name, batch)
+        if from_file
+        else TREE_SETS[name or _default(method, backend, draft_only, batch, ngrams)]
+    )
     uses = _USES[method]
     if uses is None:
         return base
