@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 
 .PHONY: demo quick test lint
 
-# A real model answers twice, the second time with its draft-only adapter; then a tiny one is trained from nothing
+# A real model answers twice, the second time with n-grams of its own earlier replies; then a tiny one is trained from nothing
 # (resumed, where it was cut off) and decoded.
 demo: $(VENV)/installed
-	$(BIN)/python decode.py --ckpt smollm2-135m-instruct --adapter adapters/smollm2-135m-msn --dtype auto \
+	$(BIN)/python decode.py --ckpt smollm2-135m-instruct --adapter adapters/smollm2-135m-ngrams --dtype auto \
 	  --compare --max_new_tokens 96 \
 	  --prompt "Write a short Python function that checks whether a number is prime, then explain it line by line."
 	$(BIN)/python train.py --config configs/tiny.yaml
