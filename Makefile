@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 
 .PHONY: demo quick test lint
 
-# A real model answers twice, the second time with n-grams of its own earlier replies; then a tiny one is trained from nothing
-# (resumed, where it was cut off) and decoded.
+# A real model answers twice, the second time with n-grams of its own earlier replies; then a tiny one is trained from
+# nothing (resumed, where it was cut off) and decoded.
 demo: $(VENV)/installed
 	$(BIN)/python decode.py --ckpt smollm2-135m-instruct --adapter adapters/smollm2-135m-ngrams --dtype auto \
 	  --compare --max_new_tokens 96 \
