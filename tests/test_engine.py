@@ -19,6 +19,7 @@ from msn_jax.decode.request import Request
 from msn_jax.decode.sources.recycling import RANKS
 from msn_jax.decode.tree_sets import METHODS
 from msn_jax.heads import init_heads
+from msn_jax.ngrams import count, make_table
 
 pytestmark = pytest.mark.slow
 
@@ -61,8 +62,8 @@ def decoded(lm, asked, **settings):
 def stopping(tiny_lm):
     """A model two of whose usual tokens end a reply."""
     usual = [r.tokens[-1] for r in decoded(tiny_lm, requests(lambda _: GREEDY), method="ar")]
-    heads = init_heads(tiny_lm.cfg, 3)
-    return dataclasses.replace(tiny_lm, stop_ids=(usual[1], usual[4]), heads=heads)
+    own = {"heads": init_heads(tiny_lm.cfg, 3), "ngrams": make_table(count([([5], usual)]), 97, 1, 16)[0]}
+    return dataclasses.replace(tiny_lm, stop_ids=(usual[1], usual[4]), **own)
 
 
 @pytest.fixture(scope="module")

@@ -239,6 +239,15 @@ def test_what_runs_is_told_and_refused(monkeypatch):
         kernels.describe()
 
 
+def test_a_library_of_earlier_sources_is_not_used(monkeypatch):
+    """A pull brings sources with a call that the built libraries lack."""
+    monkeypatch.setattr(kernels, "CALLS", (*kernels.CALLS, "of_tomorrow"))
+    monkeypatch.setattr(kernels, "_library", kernels._library.__wrapped__)
+    assert kernels.available() == ()
+    name, why = kernels._choose.__wrapped__("")
+    assert name is None and "not from these sources: python -m msn_jax.kernels.build does it" in why
+
+
 def test_several_devices_run_xla():
     code = "from msn_jax import kernels; print(kernels.describe())"
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}

@@ -63,7 +63,8 @@ def _choose(wanted: str) -> tuple[str | None, str]:
         accepted = ", ".join(("off", *there))
         raise InputError(f"{VARIABLE}={wanted}: not built, or not of this machine; accepted: {accepted}")
     if not there:
-        return None, "not built for this jax: python -m msn_jax.kernels.build does it, with a C++ compiler"
+        why = "not built for this jax, or not from these sources"
+        return None, f"{why}: python -m msn_jax.kernels.build does it, with a C++ compiler"
     try:
         devices = jax.local_device_count("cpu")
     except RuntimeError:  # JAX_PLATFORMS names others
@@ -82,9 +83,11 @@ def _library(name: str) -> ctypes.CDLL | None:
     from msn_jax.kernels.build import library_path  # which runs as a module of its own
 
     try:
-        return ctypes.CDLL(str(library_path(name)))
+        library = ctypes.CDLL(str(library_path(name)))
     except OSError:  # not there, or of another system
         return None
+    current = all(hasattr(library, f"msn_jax_{call}") for call in CALLS)
+    return library if current else None  # built from earlier sources
 
 
 def on_cpu(rows: int, kernel: Callable, xla: Callable, *args):
