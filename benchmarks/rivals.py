@@ -10,7 +10,6 @@ on.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -31,21 +30,23 @@ from msn_jax.records import keep_rows, run_record
 from msn_jax.terminal import run_command
 
 PLAN = Path(__file__).parent / "rivals.yaml"
+PARTS = {"noise": "drafter", "medusa": "heads"}  # the field of LM that an adapter of the plan fills
 
 
-def load_all(plan: dict, said=print) -> tuple[LM, dict[str, int]]:
+def load_all(plan: dict) -> tuple[LM, dict[str, int]]:
     """The model with all adapters of the plan that are there, and the bytes that each adds to its weights."""
-    lm, added = load(plan["ckpt"], dtype=plan["dtype"]), {}
+    there = {}
     for name, adapter in plan["adapters"].items():
-        if not Path(adapter["path"]).exists():
-            said(f"left out: what needs {name}; {adapter['path']} is not there ({adapter['trained']})")
-            continue
-        own = load(plan["ckpt"], adapter=adapter["path"], dtype=plan["dtype"])
-        parts = {part: getattr(own, part) for part in ("drafter", "heads") if getattr(own, part) is not None}
-        if len(parts) != 1:
-            raise InputError(f"{adapter['path']}: neither a draft-only adapter nor heads")
-        added[name] = sum(x.nbytes for x in jax.tree.leaves(parts))
-        lm = dataclasses.replace(lm, **parts)
+        if Path(adapter["path"]).exists():
+            there[name] = adapter["path"]
+        else:
+            print(f"left out: what needs {name}; {adapter['path']} is not there ({adapter['trained']})")
+    lm, added = load(plan["ckpt"], adapter=list(there.values()), dtype=plan["dtype"]), {}
+    for name, path in there.items():
+        own = getattr(lm, PARTS[name])
+        if own is None:
+            raise InputError(f"{path}: neither a draft-only adapter nor heads")
+        added[name] = sum(x.nbytes for x in jax.tree.leaves(own))
     return lm, added
 
 

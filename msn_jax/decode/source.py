@@ -141,6 +141,20 @@ class Source:
         return carry
 
 
+class Ahead(Source):
+    """One whose candidates come from the last pass alone: carry int32[B, J, R], the best R for each place ahead of the
+    root, -1 where there is none. `observe` gives the new ones."""
+
+    def init(self, cfg, ask: Ask, batch: int, slots: int) -> Array:
+        return jnp.full((batch, ask.depths, ask.ranks), -1, jnp.int32)
+
+    def level(self, weights, carry, scratch, at: At, tokens) -> tuple[Array, tuple]:
+        return carry[:, at.depth - 1, at.rank], scratch
+
+    def update(self, weights, carry, news: Array, text, live) -> Array:
+        return news
+
+
 def ask(trees: TreeSet, source: Source) -> Ask:
     return Ask(*trees.ask(source.name), trees.drafts, trees.ask(source.probe)[1])
 

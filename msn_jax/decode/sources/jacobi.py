@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from msn_jax.decode.source import Ask, At, Seen, Source, Text, Weights
+from msn_jax.decode.source import Ahead, Ask, Seen, Text, Weights
 from msn_jax.decode.tree import JACOBI, NOISE, TreeSpec
 
 
-class Jacobi(Source):
+class Jacobi(Ahead):
     """Carry int32[B, J, R]: the best R candidates that the last pass predicts for each place ahead of the root.
 
     They are read at noise nodes, and where a tree has none, at rejected drafts. `own` of its weights: a DraftAdapter
@@ -19,12 +19,6 @@ class Jacobi(Source):
 
     name = JACOBI
     probe = NOISE
-
-    def init(self, cfg, ask: Ask, batch: int, slots: int) -> Array:
-        return jnp.full((batch, ask.depths, ask.ranks), -1, jnp.int32)
-
-    def level(self, weights, carry, scratch, at: At, tokens) -> tuple[Array, tuple]:
-        return carry[:, at.depth - 1, at.rank], scratch
 
     def probes(self, weights, carry, text: Text, tree: TreeSpec) -> Array:
         return prefix_tokens(text.key(), text.tokens, text.last, tree.size)
@@ -35,9 +29,6 @@ class Jacobi(Source):
 
     def observe(self, weights, carry, seen: Seen, ask: Ask) -> Array:
         return predict_ahead(seen.tree, seen.logits, seen.greedy, seen.best, ask.depths, ask.ranks)
-
-    def update(self, weights, carry, news: Array, text, live) -> Array:
-        return news
 
 
 def prefix_tokens(keys: Array, tokens: Array, last: Array, count: int) -> Array:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from msn_jax.decode.source import Ask, At, Seen, Source
+from msn_jax.decode.source import Ahead, Ask, Seen
 from msn_jax.decode.sources.recycling import largest
 from msn_jax.decode.tree import MEDUSA
 from msn_jax.heads import ahead
 from msn_jax.model import unembed
 
 
-class Medusa(Source):
+class Medusa(Ahead):
     """Carry int32[B, J, R]: the best R candidates of each head for the place it looks ahead to, under the next root.
 
     `own` of its weights: MedusaHeads; places beyond theirs have no draft.
@@ -20,17 +20,8 @@ class Medusa(Source):
 
     name = MEDUSA
 
-    def init(self, cfg, ask: Ask, batch: int, slots: int) -> Array:
-        return jnp.full((batch, ask.depths, ask.ranks), -1, jnp.int32)
-
-    def level(self, weights, carry, scratch, at: At, tokens) -> tuple[Array, tuple]:
-        return carry[:, at.depth - 1, at.rank], scratch
-
     def observe(self, weights, carry, seen: Seen, ask: Ask) -> Array:
         hidden = jnp.take_along_axis(seen.hidden, seen.best[:, None, None], axis=1)[:, 0]
         rows = ahead(weights.own, hidden)[:, : ask.depths]
         top = largest(unembed(weights.model, weights.cfg, rows), ask.ranks)
         return jnp.pad(top, ((0, 0), (0, ask.depths - top.shape[1]), (0, 0)), constant_values=-1)
-
-    def update(self, weights, carry, news: Array, text, live) -> Array:
-        return news
