@@ -77,7 +77,7 @@ class NoiseConfig:
         False, "a learned embedding for each depth in place of a token's, so that noise is told from text"
     )
     anchors: int = setting(
-        32, "of `beside` and of lora.draft_only, instead of segments: places a row that noise hangs under", least=1
+        32, "of `beside` and lora.draft_only, instead of segments: places in a row that noise hangs under", least=1
     )
     weight: float = setting(
         0.5,
@@ -97,7 +97,10 @@ class NoiseConfig:
         choices=("kl", "l1", "overlap"),
     )
     decay: float = setting(
-        1.0, "of hung noise, and of heads: what the loss counts from one depth to the next", above=0, most=1
+        1.0,
+        "of `beside`, lora.draft_only and heads: the share that the loss of each depth counts of the one before",
+        above=0,
+        most=1,
     )
     vocab_size: int = setting(0, "of `random`; make_train_step fills in the model's", least=0)
 

@@ -239,8 +239,8 @@ def batches(corpus: Corpus, config: DataConfig, batch_size: int, seed: int) -> g
     Each is {"tokens": int32[B, T], "segment_ids": int32[B, T] (0 padding, then 1, 2, ... by example), "positions":
     int32[B, T] (from 0 in each example), "response": bool[B, T]}, T = config.max_tokens. Sources are drawn in
     proportion to their weights, and each is shuffled anew every epoch. `get_state()` is a JSON-able dict of where
-    the last yielded batch ends; after `set_state()` the next one follows. Of several processes each packs all rows (it
-    is cheap: no tokenising), so that neither batches nor states depend on how many there are.
+    the last yielded batch ends; after `set_state()` the next one follows. Every process packs all rows, which is cheap
+    without tokenising, so that neither batches nor states depend on how many processes there are.
     """
     streams = [
         grain.MapDataset.source(examples).shuffle(seed=_seed(seed, number)).repeat()

@@ -30,7 +30,7 @@ def check_fields(config: Any, prefix: str, **fields: tuple[bool, str]) -> None:
 
 @contextlib.contextmanager
 def named(**names: str):
-    """Refusals inside it that begin with an argument of the library begin with what the user gave: ckpt="--ckpt"."""
+    """A refusal inside that begins with an argument's name begins with what the user gave instead: ckpt="--ckpt"."""
     try:
         yield
     except InputError as e:

@@ -29,7 +29,7 @@ class ArraySpec:
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     init: str = "normal"  # normal, zeros, ones
-    ins: int = 1  # last axes that are its input, of those that multiply: all that start as normal
+    ins: int = 1  # how many last axes are its input; only what multiplies has some, which starts as normal
 
 
 @struct.dataclass

@@ -134,7 +134,7 @@ def _json_rows(path: str) -> Iterator[dict[str, Any]]:
 
 
 def silence() -> None:
-    """Errors come back as InputError; what the libraries print beside them is noise. Process-wide."""
+    """Silence what the libraries print: errors come back as InputError. Process-wide."""
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     huggingface_hub.logging.set_verbosity_error()
@@ -214,7 +214,7 @@ def tools_of(row: dict[str, Any]) -> list[dict] | None:
 
 
 def used_keys(messages: list[dict[str, Any]], tools: list[dict] | None = None) -> list[str]:
-    """What a conversation says beside the text of its messages, by the keys of it: a template may leave it out."""
+    """Keys of a conversation that say more than the text of its messages; a template may leave them out."""
     return ["tools"] * bool(tools) + [key for key in SPOKEN if any(message.get(key) for message in messages)]
 
 

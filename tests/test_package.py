@@ -133,3 +133,18 @@ def test_a_store_without_its_file_system(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(InputError, match=r"^gs://bucket/run: .*gcsfs.*; for gs:// pip install 'etils\[epath-gcs\]'$"):
         run_dir.is_run("gs://bucket/run")
+
+
+def test_the_readme_lists_every_file_of_the_package():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text[text.index("| file | what it holds |") : text.index("Shapes, in docstrings")]
+    named = set()
+    for row in table.strip().splitlines()[2:]:
+        _, where, about, _ = row.split("|")
+        first, *others = re.findall(r"`([^`]+)`", where)
+        folder = ROOT / first if first.endswith("/") else (ROOT / first).parent
+        others += re.findall(r"`(\w+\.(?:py|sh|md))`", about) if first.endswith("/") else []
+        named |= {ROOT / first, *(folder / name for name in others)}
+    assert sorted(path for path in named if not path.exists()) == []
+    files = {path for path in (ROOT / "msn_jax").rglob("*.py") if path.name != "__init__.py"}
+    assert sorted(files - named) == []

@@ -185,7 +185,7 @@ def generate_batches(
     """
     _check_lengths(lm, prompts, decode)
     size = min(decode.batch_size, len(prompts))
-    engine = _engine(lm, decode, size)  # the checks are for the call, not for the first result
+    engine = _engine(lm, decode, size)  # here: the call itself refuses, not its first result
     numbered = zip(prompts, range(len(prompts)) if ids is None else ids, strict=True)
     requests = [Request(prompt, decode, number, id_) for number, (prompt, id_) in enumerate(numbered)]
     return _in_order(engine, requests, size)
@@ -217,7 +217,7 @@ def _in_order(engine: Engine, requests: list[Request], size: int) -> Iterator[li
 
 
 def _one_streamed(own: AbstractContextManager[Engine], request: Request) -> Generator[list[int], None, Result]:
-    """The new ids of every few passes, while the next ones run; returns the result. Its reader's time counts too."""
+    """The new ids of every few passes, while the next ones run; returns the result. The reader's time counts too."""
     sent = 0
     with own as engine:
         engine.submit(request)

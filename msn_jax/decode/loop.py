@@ -105,7 +105,7 @@ def init_state(
 ) -> DecodeState:
     """The state before prefill. prompts: token ids of each row, one or more; slots: see `slots_needed`.
 
-    memory: what sources remember of earlier calls, by name. It is given away, as the state is.
+    memory: what sources remember of earlier calls, by name. It is donated, as the state is.
     dtype: that of the weights; backend: where the loop is to run (None: jax's default).
     Raises InputError where the slots or the room for stop ids do not suffice.
     """

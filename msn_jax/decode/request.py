@@ -18,18 +18,18 @@ class Result:
     id: Any
     prompt_tokens: int
     tokens: list[int]  # generated ids, the stop token included, or the one that made a stop text whole
-    text: str  # of the tokens, as it stands behind the prompt; without special tokens, and before a stop text
+    text: str  # of the tokens, as it stands behind the prompt, up to a stop text; without special tokens
     finish_reason: str  # "stop" or "length"
     forwards: int  # model passes after prefill
     accepted: list[int]  # tokens that each pass emitted
-    seconds: float  # of the loop without compilation: of each call its time, over the rows that ran in it
-    prefill_seconds: float  # of its own prompt, while which no row decodes
+    seconds: float  # in the loop, without compilation: the rows that run in a call share its time
+    prefill_seconds: float  # for its own prompt; no row decodes meanwhile
     method: str
     logprobs: list[float] | None = None  # of each token, before any sampling setting; None: not asked for
     top_logprobs: list[list[tuple[int, float]]] | None = None  # (id, logprob) of the likeliest in its place
 
     def row(self) -> dict[str, Any]:
-        """Its fields by name, of log-probabilities those that were asked for."""
+        """Its fields by name; log-probabilities only where they were asked for."""
         fields = dataclasses.asdict(self)
         asked = {name: value is not None for name, value in fields.items() if name.endswith("logprobs")}
         return {name: value for name, value in fields.items() if asked.get(name, True)}
@@ -49,18 +49,18 @@ class Request:
     """One prompt on its way through an engine. `tokens` grows; the last fields are whole once it is finished."""
 
     prompt: list[int]
-    decode: DecodeConfig  # of which all but the method, the tree and the batch size count
+    decode: DecodeConfig  # its method, tree and batch size do not count: those of the engine do
     number: int = 0  # its noise is keyed by it, and by the seed
     id: Any = None
     tokens: list[int] = dataclasses.field(default_factory=list)
-    cancelled: bool = False  # set it to have the row for somebody else
+    cancelled: bool = False  # set it to free the row for somebody else
     finish_reason: str | None = None  # "stop", "length" or "cancelled"; None: not finished
     accepted: list[int] = dataclasses.field(default_factory=list)  # tokens that each pass emitted
     seconds: float = 0.0
     prefill_seconds: float = 0.0
     logprobs: list[float] = dataclasses.field(default_factory=list)  # where they are asked for, as in Result
     top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
-    prefill_tokens: int = 0  # of the prompt, those that were read; the others its row knew already
+    prefill_tokens: int = 0  # tokens of the prompt that were read; its row knew the others already
 
     @property
     def finished(self) -> bool:

