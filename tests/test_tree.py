@@ -1,10 +1,15 @@
+from itertools import product
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 from msn_jax import InputError
+from msn_jax.decode.engine import trees_of
 from msn_jax.decode.tree import (
     EITHER,
     JACOBI,
+    NGRAMS,
     NOISE,
     RETRIEVAL,
     ROOT,
@@ -98,6 +103,28 @@ def test_noise_under_a_node_or_above_it_predicts_ahead():
     assert tree.follow[:4].tolist() == [[4, 5, 6], [7, 6, -1], [5, 6, -1], [6, -1, -1]]
     with pytest.raises(InputError, match=r"\(5,\) leads to no node"):
         branching("noisy", 0, {(): 2}, noise={(5,): 1})
+    shorter = tree.with_less_noise(1)
+    assert shorter.parents == (-1, 0, 0, 1, 0, 1)
+    assert shorter.noise_depth.tolist() == [0, 0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("known", [1, 2, 3])
+def test_default_trees_have_no_more_noise_than_the_adapter(known):
+    adapter = SimpleNamespace(noise_embed=np.zeros((known, 4)))
+    for backend, method, batch in product(("cpu", "gpu", "tpu"), METHODS, (1, 4)):
+        if method == "medusa":
+            continue
+        lm = SimpleNamespace(name="tiny", backend=backend, drafter=adapter, heads=None, ngrams=NGRAMS)
+        trees = trees_of(lm, method, None, batch).trees
+        assert max(tree.noise_depth.max() for tree in trees) <= known, (backend, method, batch)
+
+
+def test_a_tree_with_too_much_noise_for_the_adapter_is_refused():
+    lm = SimpleNamespace(
+        name="tiny", backend="cpu", drafter=SimpleNamespace(noise_embed=np.zeros((2, 4))), heads=None, ngrams=None
+    )
+    with pytest.raises(InputError, match=r"'ahead8' has 3 noise tokens in a row.*up to 2"):
+        trees_of(lm, "jacobi", "ahead8", 1)
 
 
 def test_another_platform_is_an_accelerator():

@@ -7,6 +7,7 @@ done. Every request has the tokens that it has alone: its noise is keyed by its 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import threading
 import time
@@ -43,7 +44,7 @@ AHEAD = 256  # beyond them: new tokens that there is room for before the cache g
 
 
 class Engine:
-    """The rows of a compiled loop, and the requests in them and before them.
+    """The rows of a compiled loop, the requests in them and those that wait.
 
     One thread at a time is in `step`, `collect` and `close`; `submit`, and a request's `cancelled`, never wait for it.
     """
@@ -75,7 +76,9 @@ class Engine:
         self._left: list[list[int]] = [[]] * self.size  # of rows that are free: the text that they have read
         self._state: loop.DecodeState | None = None
         self._shared: frozenset[str] = frozenset()  # sources whose memory all rows, and all calls, share
-        self._call: tuple[loop.Progress, float, list[int]] | None = None  # on the device: what it shows, begun, rows
+        self._call: tuple[loop.Progress, float, list[int]] | None = (
+            None  # that runs: what it shows, when it began, its rows
+        )
 
     def __enter__(self) -> Engine:
         return self
@@ -225,7 +228,7 @@ class Engine:
         while self._waiting and self.running < self.size:
             request = self._waiting.popleft()
             free = [row for row, held in enumerate(self._rows) if held is None]
-            # The one that has read most of it already; of several that which has least to lose.
+            # The row that has read most of the prompt already; among equals the one with least to lose.
             row = max(free, key=lambda row: (alike(self._left[row], request.prompt), -len(self._left[row])))  # noqa: B023
             self._rows[row], self._read[row] = request, 0
             came.append(row)
@@ -268,7 +271,7 @@ class Engine:
         return most if most <= SMALL else min(most, self._need(request, len(request.tokens) + AHEAD))
 
     def _prefill(self) -> None:
-        """Read the prompts of rows that came, in chunks, of which not many where other rows could go on."""
+        """Read the prompts of new rows in chunks; only a few chunks at a time while other rows could go on."""
         left = CHUNKS_BETWEEN if self._live() else UNTIL_DONE
         for row, at in list(self._read.items()):
             request, begin = self._rows[row], at
@@ -342,12 +345,12 @@ class Engine:
 
 
 def alike(left: list[int], right: list[int]) -> int:
-    """With how many tokens both begin."""
+    """How many tokens both have in common at their beginning."""
     return next((i for i, (a, b) in enumerate(zip(left, right)) if a != b), min(len(left), len(right)))
 
 
 def trees_of(lm: LM, method: str, tree: str | None, batch_size: int) -> TreeSet:
-    """The trees of a method with this model.
+    """The trees of a method with this model. Default trees have no more noise in a row than its adapter knows.
 
     Raises InputError where it has no heads for them, or its adapter too little noise.
     """
@@ -362,13 +365,16 @@ def trees_of(lm: LM, method: str, tree: str | None, batch_size: int) -> TreeSet:
         raise InputError(
             f"tree {trees.name!r} drafts from n-grams, and {lm.name} has none; accepted: --adapter with some"
         )
-    depths = max(int(tree.noise_depth.max()) for tree in trees.trees)
-    if lm.drafter is not None and depths > len(lm.drafter.noise_embed):
+    if lm.drafter is None:
+        return trees
+    depths, known = max(int(spec.noise_depth.max()) for spec in trees.trees), len(lm.drafter.noise_embed)
+    if depths <= known:
+        return trees
+    if tree is not None:
         raise InputError(
-            f"tree {trees.name!r} has {depths} noise tokens in a row; "
-            f"accepted by this adapter: up to {len(lm.drafter.noise_embed)}"
+            f"tree {trees.name!r} has {depths} noise tokens in a row; accepted by this adapter: up to {known}"
         )
-    return trees
+    return dataclasses.replace(trees, trees=tuple(spec.with_less_noise(known) for spec in trees.trees))
 
 
 def check_length(lm: LM, prompt: Sequence[int], new_tokens: int, name: str = "the prompt") -> None:

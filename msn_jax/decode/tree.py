@@ -158,6 +158,13 @@ class TreeSpec:
         parents, sources = zip(*new, strict=True)
         return TreeSpec(self.name, parents, sources, self.twins)
 
+    def with_less_noise(self, most: int) -> TreeSpec:
+        """This tree with at most so many noise nodes in a row."""
+        kept = np.flatnonzero(self.noise_depth <= most).tolist()
+        place = {-1: -1} | {node: i for i, node in enumerate(kept)}
+        parents = tuple(place[self.parents[node]] for node in kept)
+        return TreeSpec(self.name, parents, tuple(self.sources[node] for node in kept), self.twins)
+
 
 @dataclasses.dataclass(frozen=True)
 class TreeSet:
