@@ -25,6 +25,7 @@ from msn_jax.chat import chat
 from msn_jax.decode.generate import Stream, generate_batches
 from msn_jax.decode.prompts import Row, as_chat, encode, read_prompts
 from msn_jax.decode.sources import recycling
+from msn_jax.decode.tree import DRAFT_MODEL
 from msn_jax.decode.tree_sets import METHODS, TREE_SETS, tree_set
 from msn_jax.decode.tune import tune_to
 from msn_jax.errors import named
@@ -48,6 +49,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     p.add_argument("--ckpt", help=f"checkpoint: {ACCEPTED}")
     p.add_argument("--adapter", help="directory of an adapter, merged into the weights unless it is draft-only")
+    small = p.add_mutually_exclusive_group()
+    small.add_argument("--draft_ckpt", help="a smaller checkpoint of the same vocabulary, for --method draft-model")
+    small.add_argument("--draft_layers", type=int, help="or so many of the model's own first layers")
     p.add_argument("--tensor", type=int, default=1, help="devices to spread the model over")
     what = p.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", help="one prompt; the chat template is applied")
@@ -98,6 +102,8 @@ def check_flags(args: argparse.Namespace, given: list[str]) -> None:
         refuse(
             "--plan",
             "--adapter",
+            "--draft_ckpt",
+            "--draft_layers",
             "--tensor",
             "--method",
             "--batch_size",
@@ -114,6 +120,7 @@ def check_flags(args: argparse.Namespace, given: list[str]) -> None:
         raise InputError("--tune measures for a file; give it with --tune_out")
     if args.tune:
         refuse("--tune", "--method", "--tree", "--batch_size", "--max_new_tokens", "--temperature", "--draft_memory")
+        refuse("--tune", "--draft_ckpt", "--draft_layers")
         refuse("--tune", "--out", "--html", "--compare", "--min_p", "--repetition_penalty", "--stop", "--logprobs")
     else:
         refuse("a run that is no --tune", "--tune_out")
@@ -251,8 +258,13 @@ def main(argv: list[str] | None = None) -> None:
     fields = {field.name for field in dataclasses.fields(DecodeConfig)}
     config = DecodeConfig(**{name: value for name, value in vars(args).items() if name in fields})
     rows = None
-    tree_set(config.method, config.tree)  # an impossible pair is refused before the weights are read
+    trees = tree_set(config.method, config.tree)  # an impossible pair is refused before the weights are read
+    by = "--draft_layers" if args.draft_ckpt is None else "--draft_ckpt"
+    draft = args.draft_layers if args.draft_ckpt is None else args.draft_ckpt
+    if draft is not None and DRAFT_MODEL not in trees.names:
+        raise InputError(f"{by} does nothing with --method {args.method}; accepted: --method draft-model")
     inputs = {"--prompts": args.prompts, "--tune": args.tune, "--ckpt": args.ckpt, "--adapter": args.adapter}
+    inputs["--draft_ckpt"] = args.draft_ckpt
     outputs = {"--tune_out": args.tune_out, "--draft_memory": args.draft_memory}
     check_outputs({"--out": args.out, "--html": args.html, **outputs}, inputs)
     if args.prompts is not None or args.tune is not None:
@@ -264,8 +276,8 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--tensor {args.tensor}: accepted: 1 to {jax.device_count()}, the devices that there are")
     with rows_out(args.out) as write:
         mesh = make_mesh(tensor=args.tensor) if args.tensor > 1 else None
-        with named(ckpt="--ckpt", adapter="--adapter"):
-            lm = load(args.ckpt, args.adapter, args.dtype, mesh)
+        with named(ckpt="--ckpt", adapter="--adapter", draft=by):
+            lm = load(args.ckpt, args.adapter, args.dtype, mesh, draft)
         if lm.backend == "cpu":
             print(f"{args.dtype} on {kernels.describe()}", file=sys.stderr)
         if args.tune:

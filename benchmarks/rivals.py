@@ -30,23 +30,27 @@ from msn_jax.records import keep_rows, run_record
 from msn_jax.terminal import run_command
 
 PLAN = Path(__file__).parent / "rivals.yaml"
-PARTS = {"noise": "drafter", "medusa": "heads"}  # the field of LM that an adapter of the plan fills
+PARTS = {"noise": "drafter", "medusa": "heads", "ngrams": "ngrams"}  # the field of LM that an adapter of the plan fills
 
 
 def load_all(plan: dict) -> tuple[LM, dict[str, int]]:
-    """The model with all adapters of the plan that are there, and the bytes that each adds to its weights."""
+    """The model with all of the plan that is there: adapters, the draft model; and the bytes that each adds to its
+    weights."""
     there = {}
     for name, adapter in plan["adapters"].items():
         if Path(adapter["path"]).exists():
             there[name] = adapter["path"]
         else:
             print(f"left out: what needs {name}; {adapter['path']} is not there ({adapter['trained']})")
-    lm, added = load(plan["ckpt"], adapter=list(there.values()), dtype=plan["dtype"]), {}
+    small = plan.get("draft", {}).get("model")
+    lm, added = load(plan["ckpt"], adapter=list(there.values()), dtype=plan["dtype"], draft=small), {}
     for name, path in there.items():
         own = getattr(lm, PARTS[name])
         if own is None:
-            raise InputError(f"{path}: neither a draft-only adapter nor heads")
+            raise InputError(f"{path}: no draft-only adapter, no heads and no n-grams")
         added[name] = sum(x.nbytes for x in jax.tree.leaves(own))
+    if small is not None:  # its first layers are the model's own
+        added["draft"] = 0 if isinstance(small, int) else sum(x.nbytes for x in jax.tree.leaves(lm.draft.params))
     return lm, added
 
 
@@ -59,7 +63,7 @@ def row_of(lm: LM, plan: dict, arm: dict, config: DecodeConfig, rows: list[dict]
         **{name: arm.get(name, "") for name in ("method", "what", "differs")},
         "nodes": [tree.size for tree in trees_of(lm, config.method, config.tree, 1).trees],
         "added_bytes": added.get(needs, 0),
-        "trained": plan["adapters"][needs]["trained"] if needs else "",
+        "trained": (plan["adapters"] | {"draft": plan.get("draft")})[needs]["trained"] if needs else "",
         "mat_no_loops_interval": mat_interval(sums) if sums else None,
         **figures(own, ar),
     }

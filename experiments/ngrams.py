@@ -15,7 +15,7 @@ from msn_jax import InputError, load
 from msn_jax.answers import LOOPS, repeated_4grams
 from msn_jax.config import DataSource, LoraConfig
 from msn_jax.io.adapters import loaded_fingerprint, save_adapter
-from msn_jax.ngrams import ORDER, SLOTS, count, make_table
+from msn_jax.ngrams import ORDER, SLOTS, make_table
 from msn_jax.rows import read_rows
 from msn_jax.terminal import run_command
 
@@ -40,7 +40,7 @@ def main() -> None:
             texts.append((tokens[max(first - ORDER, 0) : first].tolist(), reply))
     if not texts:
         raise InputError(f"--replies {args.replies}: no reply that does not loop")
-    table, lost = make_table(count(texts), lm.cfg.vocab_size, args.least, args.buckets)
+    table, lost = make_table(texts, lm.cfg.vocab_size, args.least, args.buckets)
     save_adapter(args.out, table, LoraConfig(), args.ckpt, loaded_fingerprint(lm.params))
     kept, size = int((table.keys > 0).sum()), (args.out / "adapter.safetensors").stat().st_size
     print(f"{len(texts)} replies, {kept:,} contexts, {lost:,} without a place; wrote {args.out}, {size / 1e6:.1f} MB")

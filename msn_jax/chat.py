@@ -93,7 +93,7 @@ def fitting(lm: LM, messages: list[dict], new_tokens: int, keep: int) -> tuple[l
     keep: messages at the beginning that stay. Raises InputError where the last message alone does not fit.
     """
     first, rest = messages[:keep], messages[keep:]
-    room = lm.cfg.max_position - new_tokens
+    room = lm.context - new_tokens
     enough = room
     while True:
         ids = encode(lm, [*first, *rest])
@@ -101,9 +101,7 @@ def fitting(lm: LM, messages: list[dict], new_tokens: int, keep: int) -> tuple[l
             return [*first, *rest], ids
         enough = KEPT * room
         if len(rest) == 1:
-            raise InputError(
-                f"this has {len(ids)} tokens; with {new_tokens} new ones the context is {lm.cfg.max_position}"
-            )
+            raise InputError(f"this has {len(ids)} tokens; with {new_tokens} new ones the context is {lm.context}")
         rest = rest[2:]  # a question and its reply
 
 

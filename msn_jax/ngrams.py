@@ -5,6 +5,7 @@ It is made once (`experiments/ngrams.py`) and drafts for the model that wrote th
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 
 import jax.numpy as jnp
@@ -60,57 +61,96 @@ def following(table: NgramTable, context: Array) -> Array:
     return found
 
 
-def count(texts: Iterable[tuple[Sequence[int], Sequence[int]]]) -> list[dict[tuple[int, ...], dict[int, int]]]:
-    """How often each token followed each context, by the context's length less 1.
+@dataclasses.dataclass(frozen=True)
+class Contexts:
+    """The contexts of one length, each a row, in the order of their numbers; and what followed them."""
+
+    tokens: np.ndarray  # int[C, order]
+    suffix: np.ndarray  # int[C]: the number of the context without its first token, among those of order - 1
+    total: np.ndarray  # int[C]: how often it came
+    kinds: np.ndarray  # int[C]: how many tokens followed it
+    pairs: np.ndarray  # int[P], rising: a context's number * V + a token that followed it
+    times: np.ndarray  # int[P]: how often
+
+
+def count(texts: Iterable[tuple[Sequence[int], Sequence[int]]], vocab_size: int) -> list[Contexts]:
+    """How often each token followed each context of 1 to ORDER tokens.
 
     texts: (the end of a prompt, the reply to it), token ids; the first is context alone.
     """
-    counts: list[dict] = [{} for _ in range(ORDER)]
-    for before, reply in texts:
-        text = [*before, *reply]
-        for at in range(len(before), len(text)):
-            for order in range(1, min(ORDER, at) + 1):
-                after = counts[order - 1].setdefault(tuple(text[at - order : at]), {})
-                after[text[at]] = after.get(text[at], 0) + 1
-    return counts
-
-
-def ranked(counts: list[dict], context: tuple[int, ...]) -> list[int]:
-    """What may follow a context, the likeliest first: all its ends together, by Witten and Bell's interpolation."""
-    share: dict[int, float] = {}
-    for order in range(1, len(context) + 1):
-        after = counts[order - 1][context[-order:]]
-        total = sum(after.values())
-        weight = total / (total + len(after))
-        share = {token: (1 - weight) * p for token, p in share.items()}
-        for token, n in after.items():
-            share[token] = share.get(token, 0.0) + weight * n / total
-    return sorted(share, key=lambda token: (-share[token], token))[:RANKS]
-
-
-def make_table(counts: list[dict], vocab_size: int, least: int, buckets: int) -> tuple[NgramTable, int]:
-    """(the table in NumPy, how many contexts found no place) of contexts that came `least` times or more, or of one
-    token. buckets: a power of two. Where a bucket is full, the contexts that came most often stay."""
-    kept = [(sum(after.values()), context) for part in counts for context, after in part.items()]
-    kept = [(n, context) for n, context in kept if n >= least or len(context) == 1]
-    kept.sort(key=lambda pair: (-pair[0], pair[1]))
-    hashed = {}
+    texts = [(len(before), np.array([*before, *reply], np.int64)) for before, reply in texts]
+    tokens = np.concatenate([text for _, text in texts])
+    place = np.concatenate([np.arange(len(text)) for _, text in texts])  # of a token in its text
+    answers = np.concatenate([np.arange(len(text)) >= begins for begins, text in texts])
+    number, found = np.zeros(len(tokens), np.int64), []  # of the context before each token
     for order in range(1, ORDER + 1):
-        contexts = [context for _, context in kept if len(context) == order]
-        ends = np.full((len(contexts), ORDER), -1)
-        ends[:, ORDER - order :] = np.array(contexts, int).reshape(-1, order)
-        hashed |= zip(contexts, zip(*(h.tolist() for h in hashes(ends, order)), strict=True), strict=True)
+        at = np.flatnonzero(answers & (place >= order))
+        shorter = len(found[-1].total) if found else 1
+        contexts, number[at] = np.unique(tokens[at - order] * shorter + number[at], return_inverse=True)
+        first, suffix = contexts[:, None] // shorter, contexts % shorter
+        rows = np.concatenate([first, found[-1].tokens[suffix]], axis=1) if found else first
+        pairs, times = np.unique(number[at] * vocab_size + tokens[at], return_counts=True)
+        of, many = pairs // vocab_size, len(contexts)
+        total = np.bincount(of, times, many).astype(np.int64)
+        found.append(Contexts(rows, suffix, total, np.bincount(of, minlength=many), pairs, times))
+    return found
+
+
+def ranked(counts: list[Contexts], vocab_size: int, least: int) -> list[np.ndarray]:
+    """What may follow each context, the likeliest first, the last one repeated: int[C, RANKS] for each length.
+
+    All ends of a context count together, by Witten and Bell's interpolation. -1 for contexts of two tokens or more that
+    came less than `least` times.
+    """
+    best, shares = [], []
+    for level, found in enumerate(counts):
+        of, token = np.divmod(found.pairs, vocab_size)
+        weight = found.total / (found.total + found.kinds)
+        share = weight[of] * found.times / found.total[of]
+        kept = (found.total >= least) | (level == 0)
+        entries = [(of, token, share)]
+        if level:
+            shorter = np.searchsorted(counts[level - 1].pairs, found.suffix[of] * vocab_size + token)
+            share = (1 - weight[of]) * shares[-1][shorter] + share
+            # What never followed the whole context stays in the order that the shorter one gives it.
+            tokens, odds = (part[found.suffix] for part in best[-1])
+            of_context = np.broadcast_to(np.arange(len(kept))[:, None], tokens.shape)
+            new = (tokens >= 0) & ~np.isin(of_context * vocab_size + tokens, found.pairs)
+            entries = [(of, token, share), (of_context[new], tokens[new], ((1 - weight)[:, None] * odds)[new])]
+        shares.append(share)
+        of, token, share = (np.concatenate(parts) for parts in zip(*entries, strict=True))
+        of, token, share = (part[kept[of]] for part in (of, token, share))
+        order = np.lexsort((token, -share, of))
+        of, token, share = of[order], token[order], share[order]
+        rank = np.arange(len(of)) - np.searchsorted(of, of)
+        top = rank < RANKS
+        tokens, odds = np.full((len(kept), RANKS), -1), np.zeros((len(kept), RANKS))
+        tokens[of[top], rank[top]], odds[of[top], rank[top]] = token[top], share[top]
+        best.append((tokens, odds))
+    last = lambda tokens: np.maximum((tokens >= 0).sum(axis=1) - 1, 0)[:, None]
+    return [np.where(tokens >= 0, tokens, np.take_along_axis(tokens, last(tokens), axis=1)) for tokens, _ in best]
+
+
+def make_table(
+    texts: Iterable[tuple[Sequence[int], Sequence[int]]], vocab_size: int, least: int, buckets: int
+) -> tuple[NgramTable, int]:
+    """(the table in NumPy, how many contexts found no place) of contexts that came `least` times or more, or of one
+    token. texts: see `count`; buckets: a power of two. Where a bucket is full, the contexts that came most often
+    stay."""
+    counts = count(texts, vocab_size)
+    kept = [(found.total >= least) | (level == 0) for level, found in enumerate(counts)]
+    best = np.concatenate([rows[k] for rows, k in zip(ranked(counts, vocab_size, least), kept, strict=True)])
+    total = np.concatenate([found.total[k] for found, k in zip(counts, kept, strict=True)])
+    known = [found.tokens[k] for found, k in zip(counts, kept, strict=True)]
+    both = [hashes(np.pad(rows, ((0, 0), (ORDER - rows.shape[1], 0))), rows.shape[1]) for rows in known]
+    first, second = (np.concatenate(parts) for parts in zip(*both, strict=True))
+    bucket = (first & np.uint32(buckets - 1)).astype(np.int64)
+    # Those that came most often first; of equals by their tokens, a beginning before what it begins.
+    columns = np.concatenate([np.pad(rows, ((0, 0), (0, ORDER - rows.shape[1])), constant_values=-1) for rows in known])
+    order = np.lexsort((*columns.T[::-1], -total, bucket))
+    slot = np.arange(len(order)) - np.searchsorted(bucket[order], bucket[order])
+    order, slot = order[slot < SLOTS], slot[slot < SLOTS]
     keys = np.zeros((buckets, SLOTS), np.uint32)
     tokens = np.zeros((buckets, SLOTS, RANKS), np.uint16 if vocab_size <= 2**16 else np.int32)
-    used, lost = np.zeros(buckets, int), 0
-    for _, context in kept:
-        first, second = hashed[context]
-        bucket = first & (buckets - 1)
-        if used[bucket] == SLOTS:
-            lost += 1
-            continue
-        best = ranked(counts, context)
-        keys[bucket, used[bucket]] = second
-        tokens[bucket, used[bucket]] = best + best[-1:] * (RANKS - len(best))
-        used[bucket] += 1
-    return NgramTable(keys, tokens), lost
+    keys[bucket[order], slot], tokens[bucket[order], slot] = second[order], best[order]
+    return NgramTable(keys, tokens), len(total) - len(order)

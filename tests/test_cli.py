@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.fixture
 def run(shallow, monkeypatch, capsys):
     """Call decode.py; returns what it printed."""
-    monkeypatch.setattr(decode, "load", lambda ckpt, adapter, dtype, mesh: shallow)
+    monkeypatch.setattr(decode, "load", lambda ckpt, adapter, dtype, mesh, draft: shallow)
 
     def call(*args):
         decode.main(["--ckpt", "smollm2-135m-instruct", *map(str, args)])

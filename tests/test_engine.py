@@ -19,7 +19,8 @@ from msn_jax.decode.request import Request
 from msn_jax.decode.sources.recycling import RANKS
 from msn_jax.decode.tree_sets import METHODS
 from msn_jax.heads import init_heads
-from msn_jax.ngrams import count, make_table
+from msn_jax.io.loading import draft_of
+from msn_jax.ngrams import make_table
 
 pytestmark = pytest.mark.slow
 
@@ -62,7 +63,8 @@ def decoded(lm, asked, **settings):
 def stopping(tiny_lm):
     """A model two of whose usual tokens end a reply."""
     usual = [r.tokens[-1] for r in decoded(tiny_lm, requests(lambda _: GREEDY), method="ar")]
-    own = {"heads": init_heads(tiny_lm.cfg, 3), "ngrams": make_table(count([([5], usual)]), 97, 1, 16)[0]}
+    own = {"heads": init_heads(tiny_lm.cfg, 3), "ngrams": make_table([([5], usual)], 97, 1, 16)[0]}
+    own["draft"] = draft_of(tiny_lm, 1, jnp.float32)
     return dataclasses.replace(tiny_lm, stop_ids=(usual[1], usual[4]), **own)
 
 

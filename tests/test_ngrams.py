@@ -18,28 +18,89 @@ from msn_jax.decode.source import Weights, fill
 from msn_jax.decode.sources.ngrams import Ngrams
 from msn_jax.decode.tree import branching
 from msn_jax.io.adapters import load_adapter, save_adapter
-from msn_jax.ngrams import ORDER, RANKS, NgramTable, count, following, make_table, ranked
+from msn_jax.ngrams import ORDER, RANKS, SLOTS, NgramTable, following, hashes, make_table
 
 TEXTS = [([9], [1, 2, 3, 1, 2, 4]), ([9], [1, 2, 3])]
 
 
 def table_of(texts, vocab=61, least=1, buckets=64):
-    table, lost = make_table(count(texts), vocab, least, buckets)
+    table, lost = make_table(texts, vocab, least, buckets)
     assert not lost
     return NgramTable(jnp.asarray(table.keys), jnp.asarray(table.ranked))
 
 
+def count(texts):
+    """How often each token followed each context, by the context's length less 1; one at a time."""
+    counts = [{} for _ in range(ORDER)]
+    for before, reply in texts:
+        text = [*before, *reply]
+        for at in range(len(before), len(text)):
+            for order in range(1, min(ORDER, at) + 1):
+                after = counts[order - 1].setdefault(tuple(text[at - order : at]), {})
+                after[text[at]] = after.get(text[at], 0) + 1
+    return counts
+
+
+def ranked(counts, context):
+    """What may follow a context, by Witten and Bell's interpolation."""
+    share = {}
+    for order in range(1, len(context) + 1):
+        after = counts[order - 1][context[-order:]]
+        total = sum(after.values())
+        weight = total / (total + len(after))
+        share = {token: (1 - weight) * p for token, p in share.items()}
+        for token, n in after.items():
+            share[token] = share.get(token, 0.0) + weight * n / total
+    return sorted(share, key=lambda token: (-share[token], token))[:RANKS]
+
+
+def slow_table(texts, vocab_size, least, buckets):
+    """`make_table`, one context after the other."""
+    counts = count(texts)
+    kept = [(sum(after.values()), context) for part in counts for context, after in part.items()]
+    kept = [(n, context) for n, context in kept if n >= least or len(context) == 1]
+    keys = np.zeros((buckets, SLOTS), np.uint32)
+    tokens = np.zeros((buckets, SLOTS, RANKS), np.uint16)
+    used, lost = np.zeros(buckets, int), 0
+    for _, context in sorted(kept, key=lambda pair: (-pair[0], pair[1])):
+        (first,), (second,) = hashes(np.array([[-1] * (ORDER - len(context)) + [*context]]), len(context))
+        bucket = int(first) & (buckets - 1)
+        if used[bucket] == SLOTS:
+            lost += 1
+            continue
+        best = ranked(counts, context)
+        keys[bucket, used[bucket]] = second
+        tokens[bucket, used[bucket]] = best + best[-1:] * (RANKS - len(best))
+        used[bucket] += 1
+    return keys, tokens, lost
+
+
 def test_counts_by_hand():
-    counts = count(TEXTS)
-    assert counts[0] == {(9,): {1: 2}, (1,): {2: 3}, (2,): {3: 2, 4: 1}, (3,): {1: 1}}
-    assert counts[1][1, 2] == {3: 2, 4: 1} and counts[3][9, 1, 2, 3] == {1: 1}
-    assert sum(sum(after.values()) for after in counts[0].values()) == 9  # each token of a reply, none of a prompt
+    assert count(TEXTS) == [
+        {(9,): {1: 2}, (1,): {2: 3}, (2,): {3: 2, 4: 1}, (3,): {1: 1}},
+        {(9, 1): {2: 2}, (1, 2): {3: 2, 4: 1}, (2, 3): {1: 1}, (3, 1): {2: 1}},
+        {(9, 1, 2): {3: 2}, (1, 2, 3): {1: 1}, (2, 3, 1): {2: 1}, (3, 1, 2): {4: 1}},
+        {(9, 1, 2, 3): {1: 1}, (1, 2, 3, 1): {2: 1}, (2, 3, 1, 2): {4: 1}},
+    ]  # each token of a reply, none of a prompt
 
 
 def test_ranks_by_hand():
     counts = [{(2,): {5: 3, 6: 1}}, {(1, 2): {6: 1}}]
     # One token: weight 4/6, so 5 has 1/2 and 6 has 1/6. Two: weight 1/2, so 5 has 1/4 and 6 has 1/12 + 1/2.
     assert ranked(counts, (2,)) == [5, 6] and ranked(counts, (1, 2)) == [6, 5]
+
+
+@pytest.mark.parametrize("least, buckets", [(1, 2**15), (2, 512), (3, 16)])
+def test_a_table_is_that_of_counting_one_by_one(least, buckets):
+    rng = np.random.default_rng(least)
+    odds = 1 / np.arange(1, 41)
+    draw = lambda n: rng.choice(40, n, p=odds / odds.sum()).tolist()
+    texts = [(draw(rng.integers(1, 5)), draw(rng.integers(1, 70))) for _ in range(60)] + [([], [3, 4])]
+    table, lost = make_table(texts, 40, least, buckets)
+    keys, tokens, left = slow_table(texts, 40, least, buckets)
+    np.testing.assert_array_equal(table.keys, keys)
+    np.testing.assert_array_equal(table.ranked, tokens)
+    assert lost == left and table.ranked.dtype == np.uint16 and (lost > 0) == (buckets < 1024)
 
 
 def test_the_longest_known_end_of_a_context_counts():
@@ -66,7 +127,7 @@ def test_rare_contexts_and_full_buckets_are_left_out():
     known = lambda *context: int(following(table, jnp.array([(-1,) * (ORDER - len(context)) + context]))[0, 0])
     assert known(3) == 1  # of one token: always
     assert known(1, 2) == 3 and known(3, 1) == 2  # the second came once, so its last token alone is known
-    small, lost = make_table(count(TEXTS), 61, 1, 1)
+    small, lost = make_table(TEXTS, 61, 1, 1)
     assert small.keys.shape == (1, 4) and (small.keys > 0).all() and lost == sum(map(len, count(TEXTS))) - 4
 
 

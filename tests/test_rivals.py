@@ -12,6 +12,7 @@ from msn_jax.config import LoraConfig
 from msn_jax.decode.tree_sets import tree_set
 from msn_jax.heads import init_heads
 from msn_jax.io.adapters import save_adapter
+from msn_jax.ngrams import make_table
 
 pytestmark = pytest.mark.slow
 
@@ -22,13 +23,15 @@ def test_every_arm_of_the_plan_has_trees():
     assert names[0] == "ar" and len(set(names)) == len(names)
     for arm in plan["arms"]:
         tree_set(*arm["method"].split(":"))
-        assert arm.get("needs") in (None, *plan["adapters"])
+        assert arm.get("needs") in (None, "draft", *plan["adapters"])
         assert {*arm} <= {"method", "what", "needs", "differs"}
 
 
 def test_a_table_from_a_tiny_model(tmp_path, tiny_ckpt, monkeypatch, capsys):
     heads = jax.tree.map(lambda x: x + 0.1, init_heads(load(tiny_ckpt).cfg, 3))
     save_adapter(tmp_path / "heads", heads, LoraConfig(), "tiny")
+    table, _ = make_table([([5], [6, 7, 8, 6, 7, 9])], 97, 1, 16)
+    save_adapter(tmp_path / "ngrams", table, LoraConfig(), "tiny")
     arm = lambda method, **more: {"method": method, "what": method} | more
     plan = {
         "ckpt": str(tiny_ckpt),
@@ -37,11 +40,15 @@ def test_a_table_from_a_tiny_model(tmp_path, tiny_ckpt, monkeypatch, capsys):
         "adapters": {
             "medusa": {"path": str(tmp_path / "heads"), "trained": "not at all"},
             "noise": {"path": str(tmp_path / "none"), "trained": "never"},
+            "ngrams": {"path": str(tmp_path / "ngrams"), "trained": "counted"},
         },
+        "draft": {"model": 1, "trained": "no"},
         "arms": [
             arm("ar"),
             arm("lookahead:lookahead15", differs="sizes"),
             arm("medusa:medusa8", needs="medusa"),
+            arm("draft-model:model4", needs="draft"),
+            arm("ngrams:grams8", needs="ngrams"),
             arm("tr-jacobi:draft", needs="noise"),
         ],
     }
@@ -54,11 +61,17 @@ def test_a_table_from_a_tiny_model(tmp_path, tiny_ckpt, monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert f"left out: what needs noise; {tmp_path / 'none'} is not there (never)" in shown
     rows = json.loads((tmp_path / "rivals.json").read_text())["arms"]
-    assert [row["method"] for row in rows] == ["ar", "lookahead:lookahead15", "medusa:medusa8"]
-    assert [row["nodes"] for row in rows] == [[1], [15], [8]] and rows[1]["differs"] == "sizes"
-    assert [row["identical"] for row in rows] == [4, 4, 4] == [row["outputs"] for row in rows]
+    assert [row["method"] for row in rows] == [
+        "ar",
+        "lookahead:lookahead15",
+        "medusa:medusa8",
+        "draft-model:model4",
+        "ngrams:grams8",
+    ]
+    assert [row["nodes"] for row in rows] == [[1], [15], [8], [4], [8]] and rows[1]["differs"] == "sizes"
+    assert [row["identical"] for row in rows] == [4] * 5 == [row["outputs"] for row in rows]
     cfg = load(tiny_ckpt).cfg
-    assert [row["added_bytes"] for row in rows] == [0, 0, 4 * 3 * cfg.embed * (cfg.embed + 1)]
+    assert [row["added_bytes"] for row in rows] == [0, 0, 4 * 3 * cfg.embed * (cfg.embed + 1), 0, 16 * 4 * (4 + 2 * 8)]
     assert "| `medusa:medusa8` | 8 |" in shown and "not at all" in shown
 
     plan["arms"] = plan["arms"][1:]

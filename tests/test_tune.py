@@ -10,7 +10,7 @@ from conftest import decode_all
 
 from msn_jax import InputError
 from msn_jax.decode import TreeSet, TreeSpec, tree_file, tree_set, tune
-from msn_jax.decode.tree import JACOBI, LONGEST_MATCH, NOISE, RECYCLING, RETRIEVAL, ROOT, chain
+from msn_jax.decode.tree import JACOBI, LONGEST_MATCH, NGRAMS, NOISE, RECYCLING, RETRIEVAL, ROOT, chain
 
 PROMPTS = [np.random.default_rng(n).integers(0, 61, n).tolist() for n in (3, 9, 30)]
 
@@ -18,7 +18,7 @@ PROMPTS = [np.random.default_rng(n).integers(0, 61, n).tolist() for n in (3, 9, 
 @pytest.fixture
 def lm(tiny):
     cfg, params = tiny
-    nothing = {"drafter": None, "heads": None, "ngrams": None}
+    nothing = {"drafter": None, "heads": None, "ngrams": None, "draft": None}
     return SimpleNamespace(
         cfg=cfg, params=params, stop_ids=(), dtype=jnp.float32, backend="cpu", name="tiny", **nothing
     )
@@ -85,6 +85,17 @@ def test_tuned_sets_are_written_and_read_back(tmp_path, lm, monkeypatch):
     plain = decode_all(lm.params, lm.cfg, tree_set("ar"), PROMPTS, max_new_tokens=30)[1]
     for trees in sets.values():
         assert decode_all(lm.params, lm.cfg, trees, PROMPTS, max_new_tokens=30)[1] == plain
+
+
+def test_with_ngrams_the_survey_asks_them_too():
+    tree = tune.survey_tree(0, ngrams=True)
+    assert not tune.survey_tree(0).kind(NGRAMS).any() and (tree.kind(NGRAMS) & ~tree.kind(RETRIEVAL)).sum() > 32
+    long = [node for node, wants in enumerate(tree.wants) if wants == ((RETRIEVAL, 0), (NGRAMS, 0))]
+    first = next(node for node in np.flatnonzero(tree.kind(NGRAMS)) if tree.parents[node] == 0)
+    cut = tune.cut_out(tree, [int(first), *long[:2]], "cut", noise=False)
+    assert cut.parents == (-1, 0, 0, 2)
+    # The chain's first node stands beside one of n-grams, and takes the next of these where that one has its token.
+    assert cut.sources[1:] == ((NGRAMS, 0), ((RETRIEVAL, 0), (NGRAMS, 0), (NGRAMS, 1)), ((RETRIEVAL, 0), (NGRAMS, 0)))
 
 
 def test_with_an_adapter_the_survey_asks_noise_too():

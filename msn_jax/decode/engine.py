@@ -23,8 +23,9 @@ from msn_jax.config import DecodeConfig
 from msn_jax.decode import loop, seats
 from msn_jax.decode.request import Request
 from msn_jax.decode.sources import drafters, sources_of
+from msn_jax.decode.sources.draft_model import DraftModel
 from msn_jax.decode.stops import tokens_until_stop
-from msn_jax.decode.tree import MEDUSA, NGRAMS, TreeSet
+from msn_jax.decode.tree import DRAFT_MODEL, MEDUSA, NGRAMS, TreeSet
 from msn_jax.decode.tree_sets import tree_set
 from msn_jax.errors import InputError
 from msn_jax.io.loading import LM
@@ -352,7 +353,7 @@ def alike(left: list[int], right: list[int]) -> int:
 def trees_of(lm: LM, method: str, tree: str | None, batch_size: int) -> TreeSet:
     """The trees of a method with this model. Default trees have no more noise in a row than its adapter knows.
 
-    Raises InputError where it has no heads for them, or its adapter too little noise.
+    Raises InputError where it has not what they draft with, or its adapter too little noise.
     """
     trees = tree_set(method, tree, lm.backend, lm.drafter is not None, batch_size, lm.ngrams is not None)
     ahead, have = trees.ask(MEDUSA)[0], 0 if lm.heads is None else len(lm.heads.bias)
@@ -365,6 +366,14 @@ def trees_of(lm: LM, method: str, tree: str | None, batch_size: int) -> TreeSet:
         raise InputError(
             f"tree {trees.name!r} drafts from n-grams, and {lm.name} has none; accepted: --adapter with some"
         )
+    if DRAFT_MODEL in trees.names:
+        if lm.draft is None:
+            raise InputError(
+                f"tree {trees.name!r} drafts with a smaller model, and {lm.name} has none; "
+                "accepted: --draft_ckpt or --draft_layers (draft= of load)"
+            )
+        small = DraftModel(lm.draft.cfg, lm.draft.dtype, lm.draft.activations)
+        trees = dataclasses.replace(trees, sources=(*trees.sources, small))
     if lm.drafter is None:
         return trees
     depths, known = max(int(spec.noise_depth.max()) for spec in trees.trees), len(lm.drafter.noise_embed)
@@ -380,8 +389,7 @@ def trees_of(lm: LM, method: str, tree: str | None, batch_size: int) -> TreeSet:
 def check_length(lm: LM, prompt: Sequence[int], new_tokens: int, name: str = "the prompt") -> None:
     """Raise InputError for a prompt that leaves no room in the model's context for so many new tokens."""
     total = len(prompt) + new_tokens
-    if total > lm.cfg.max_position:
+    if total > lm.context:
         raise InputError(
-            f"{name} has {len(prompt)} tokens, with {new_tokens} new ones {total}; "
-            f"the model's context is {lm.cfg.max_position}"
+            f"{name} has {len(prompt)} tokens, with {new_tokens} new ones {total}; the model's context is {lm.context}"
         )

@@ -269,6 +269,8 @@ def step(
     )
     sources, text, live = sources_of(trees), text_of(state), ~state.done
     weights = weights_of(sources, params, cfg, drafter)
+    read = lambda s: s.read(weights[s.name], state.drafts[s.name], text, live, ask(trees, s))
+    state = state.replace(drafts={s.name: read(s) for s in sources})
     scratch, confidence = {}, jnp.zeros(state.done.shape, jnp.int32)
     for source in sources:
         began = source.begin(weights[source.name], state.drafts[source.name], text, ask(trees, source))

@@ -96,6 +96,17 @@ class At:
         """int[n]"""
         return np.asarray(self.tree.parents)[self.nodes]
 
+    @property
+    def parents(self) -> np.ndarray:
+        """Each parent once, in order. int[P]"""
+        return np.unique(self.parent)
+
+    def ranked(self, best: Array) -> Array:
+        """What the nodes want of the best R candidates after each of `parents` int32[B, P, R]: int32[B, n], -1 beyond
+        R."""
+        each, most = np.searchsorted(self.parents, self.parent), best.shape[2]
+        return jnp.where((self.rank < most)[None], best[:, each, np.minimum(self.rank, most - 1)], -1)
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -111,6 +122,10 @@ class Source:
     def init(self, cfg: ModelConfig, ask: Ask, batch: int, slots: int) -> Any:
         """The carry before the first cycle."""
         return ()
+
+    def read(self, weights: Weights, carry: Any, text: Text, live: Array, ask: Ask) -> Any:
+        """Once a cycle, before `begin`: the carry of one that reads the text itself. live bool[B]: unfinished rows."""
+        return carry
 
     def begin(self, weights: Weights, carry: Any, text: Text, ask: Ask) -> tuple[Any, Array | None]:
         """Once a cycle: (whatever `level` needs, the confidence of each row int32[B], see TreeSet, or None)."""

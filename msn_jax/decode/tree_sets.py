@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from msn_jax.decode import tree_file
 from msn_jax.decode.tree import (
+    DRAFT_MODEL,
     EITHER,
     JACOBI,
     LOOKAHEAD,
@@ -70,9 +71,13 @@ _TREES = (
     branching("medusa8", 0, {(): 4, (0,): 2, (0, 0): 1}, kind=MEDUSA),
     branching("medusa16", 0, {(): 6, (0,): 4, (1,): 2, (0, 0): 2, (0, 0, 0): 1}, kind=MEDUSA),
     branching("medusa64", 0, _MEDUSA_63, kind=MEDUSA),
+    chain(3, DRAFT_MODEL, "model4"),
+    chain(7, DRAFT_MODEL, "model8"),
+    likely("model16", 15, (0.7, 0.12, 0.06, 0.03), DRAFT_MODEL),
     likely("grams8", 7, _ODDS, NGRAMS),
     likely("grams16", 15, _ODDS, NGRAMS),
     likely("found8", 3, _ODDS, NGRAMS, retrieval=4),
+    likely("found8long", 0, _ODDS, NGRAMS, retrieval=7),
     likely("found16", 8, _ODDS, NGRAMS, retrieval=7),
     likely("found64", 48, _ODDS, NGRAMS, retrieval=15),
     likely("mix16", 8, _ODDS, RECYCLING, retrieval=7),
@@ -89,6 +94,8 @@ TREE_SETS: dict[str, TreeSet] = {name: TreeSet(name, (tree,), (0,)) for name, tr
     "ahead": TreeSet("ahead", (_BY_NAME["ahead16"], _BY_NAME["draft16long"]), (0, 3)),
     # Sizes and thresholds from the matches and costs of 40 training prompts (LOG.md), by simulation.
     "adaptive": TreeSet("adaptive", (_ROOT, chain(3, EITHER, "chain4"), chain(7, EITHER, "chain8")), (0, 1, 4)),
+    # Where the text's end stood before, a longer chain of what followed; n-grams else. The threshold is that above.
+    "found": TreeSet("found", (_BY_NAME["found8"], _BY_NAME["found8long"]), (0, 4)),
 }
 
 # What each method drafts with; None: whatever the trees name.
@@ -100,6 +107,7 @@ _USES = {
     "lookahead": (LOOKAHEAD, WINDOW),
     "medusa": (MEDUSA,),
     "ngrams": (NGRAMS,),
+    "draft-model": (DRAFT_MODEL,),
     "ar": (),
 }
 METHODS = tuple(_USES)
@@ -112,6 +120,7 @@ _SMALL = {
     "lookahead": "lookahead15",
     "medusa": "medusa8",
     "ngrams": "grams8",
+    "draft-model": "model4",
 }
 _SMALL_DRAFT_ONLY = _SMALL | {"tr-jacobi": "draft", "jacobi": "ahead8"}
 _MIDDLE = {
@@ -122,6 +131,7 @@ _MIDDLE = {
     "lookahead": "lookahead15",
     "medusa": "medusa16",
     "ngrams": "grams16",
+    "draft-model": "model8",
 }
 _MIDDLE_DRAFT_ONLY = _MIDDLE | {"tr-jacobi": "ahead", "jacobi": "ahead16"}
 _LARGE = {
@@ -132,6 +142,7 @@ _LARGE = {
     "lookahead": "lookahead56",
     "medusa": "medusa64",
     "ngrams": "grams16",
+    "draft-model": "model8",
 }
 _LARGE_DRAFT_ONLY = _LARGE | {"tr-jacobi": "wide64", "jacobi": "ahead16"}
 
@@ -139,7 +150,7 @@ _LARGE_DRAFT_ONLY = _LARGE | {"tr-jacobi": "wide64", "jacobi": "ahead16"}
 def _default(method: str, backend: str, draft_only: bool, batch: int, ngrams: bool) -> str:
     if ngrams and method == "tr-jacobi" and (backend != "cpu" or batch == 1):
         # CPU: measured (LOG.md). Elsewhere by the widths below.
-        return "found8" if backend == "cpu" else "found16" if backend == "tpu" or batch > 1 else "found64"
+        return "found" if backend == "cpu" else "found16" if backend == "tpu" or batch > 1 else "found64"
     if backend == "cpu" or (backend == "tpu" and batch > 1):
         # CPU: measured by benchmarks/step_cost.py and spec_bench.py (LOG.md). TPU, by XLA's estimates for Llama-3-8B
         # (docs/plan.md): with 8 prompts, 8 nodes each cost 1.25 (v5e) and 1.19 (v5p) of one token, 16 nodes 1.97 and

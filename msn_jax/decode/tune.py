@@ -25,6 +25,7 @@ from msn_jax.decode.sources.retrieval import retrieve
 from msn_jax.decode.tree import (
     JACOBI,
     LONGEST_MATCH,
+    NGRAMS,
     NOISE,
     PROBES,
     RECYCLING,
@@ -67,25 +68,30 @@ class Survey(Source):
         return right.at[rows, passes].set(jnp.where(live[:, None], news, old)), passes + live.astype(jnp.int32)
 
 
-def survey_tree(depths: int) -> TreeSpec:
+def survey_tree(depths: int, ngrams: bool = False) -> TreeSpec:
     """Every source beside every other: a tree of recycled tokens, a long chain of the best continuation and a short one
-    of the second, each with recycled tokens under it; with an adapter for `depths` noise tokens its candidates too."""
+    of the second, each with recycled tokens under it; with an adapter for `depths` noise tokens its candidates too.
+    n-grams stand wherever recycled tokens do, and in the long chain where nothing was retrieved."""
     odds = (0.45, 0.15, 0.08, 0.05, 0.035, 0.03, 0.025, 0.02)
-    parents, sources = list(likely("", 64, odds, RECYCLING).parents), [(ROOT, 0)]
-    sources += likely("", 64, odds, RECYCLING).sources[1:]
+    parents, sources = [-1], [(ROOT, 0)]
 
     def hang(parent: int, *wants: tuple[str, int]) -> int:
         parents.append(parent)
-        sources.append(wants[0])
+        sources.append(wants[0] if len(wants) == 1 else wants)
         return len(parents) - 1
 
+    known = (RECYCLING, NGRAMS) if ngrams else (RECYCLING,)
+    for kind in known:
+        tree, at = likely("", 64 if kind == RECYCLING else 32, odds, kind), {0: 0}
+        for node in range(1, tree.size):
+            at[node] = hang(at[tree.parents[node]], tree.sources[node])
     for rank, length in ((0, 15), (1, 4)):
         node = 0
         for place in range(length):
-            node = hang(node, (RETRIEVAL, rank))
-            if place < 3:
+            node = hang(node, (RETRIEVAL, rank), *([(NGRAMS, 0)] if ngrams and rank == 0 else []))
+            for kind in known if place < 3 else ():
                 for candidate in range(2):
-                    hang(node, (RECYCLING, candidate))
+                    hang(node, (kind, candidate))
     ends = [0]
     if depths:
         firsts = [hang(0, (JACOBI, rank)) for rank in range(8)]
@@ -117,7 +123,7 @@ class Cycles:
 
 def survey(lm, prompts: Sequence[list[int]], max_new_tokens: int, batch: int = 4) -> Cycles:
     """Decode the prompts (token ids) greedily with the survey's tree."""
-    tree = survey_tree(0 if lm.drafter is None else len(lm.drafter.noise_embed))
+    tree = survey_tree(0 if lm.drafter is None else len(lm.drafter.noise_embed), lm.ngrams is not None)
     trees = TreeSet("survey", (tree,), (0,), sources=(Survey(),))
     slots = loop.bucket(max(loop.slots_needed(len(p), max_new_tokens, trees.width, CHUNK) for p in prompts))
     settings = DecodeConfig(max_new_tokens=max_new_tokens)
@@ -199,14 +205,15 @@ def cut_out(tree: TreeSpec, nodes: Sequence[int], name: str, noise: bool) -> Tre
 
     noise: hang noise under the root, under its first three children and under the first child of the first.
     """
-    kept, parents, sources, kinds = {0: 0}, [-1], [(ROOT, 0)], [ROOT]
+    kept, parents, sources, kinds = {0: 0}, [-1], [(ROOT, 0)], [{ROOT}]
     for node in sorted(nodes):
-        above, (kind, rank) = kept[tree.parents[node]], tree.wants[node][0]
-        others = {k for k, parent in zip(kinds, parents, strict=True) if parent == above} - {kind}
+        above, wants = kept[tree.parents[node]], tree.wants[node]
+        own, (kind, rank) = {k for k, _ in wants}, wants[-1]
+        others = [k for k, parent in zip(kinds, parents, strict=True) if parent == above and k != own]
         kept[node] = len(parents)
         parents.append(above)
-        kinds.append(kind)
-        sources.append(((kind, rank), (kind, rank + 1)) if others else (kind, rank))
+        kinds.append(own)
+        sources.append((*wants, (kind, rank + 1)) if others else tree.sources[node])
     ends = [0, *[n for n, parent in enumerate(parents) if parent == 0][:3]]
     ends += [n for n, parent in enumerate(parents) if parent == ends[1]][:1] if len(ends) > 1 else []
     for end in ends if noise else []:
@@ -269,7 +276,7 @@ def candidates(cycles: Cycles) -> dict[str, float]:
     right, tree, out = cycles.right, cycles.tree, {}
     for node in np.flatnonzero(~tree.kind(ROOT, *PROBES, "survey")):
         above = right[:, tree.parents[node]]
-        kind, rank = tree.wants[node][0]
+        kind, rank = " or ".join(kind for kind, _ in tree.wants[node]), tree.wants[node][0][1]
         key = f"{kind} rank {rank} depth {tree.depth[node]}"
         if key not in out and above.sum():
             out[key] = round(float(right[above, node].mean()), 4)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from msn_jax.adapters import Marked, declare_trained, merge
-from msn_jax.errors import InputError, warn
+from msn_jax.errors import InputError, named, warn
 from msn_jax.heads import MedusaHeads
 from msn_jax.io import gguf, hf, run_dir, tokenizer
 from msn_jax.io.adapters import check_base, find_adapter, load_adapter
@@ -57,6 +57,7 @@ class LM:
     drafter: DraftAdapter | None = None  # predicts at noise positions; replies are those of `params` alone
     heads: MedusaHeads | None = None  # predict from the last hidden state
     ngrams: NgramTable | None = None  # of its own earlier replies
+    draft: LM | None = None  # a smaller model that drafts
     mesh: Mesh | None = None  # that the weights are spread over; None: they lie on one device
     memory: dict[str, jax.Array] | None = None  # of sources of drafts, by name, kept from call to call
     ran: set = dataclasses.field(default_factory=set, init=False, compare=False)  # programs that have run once, warm
@@ -66,12 +67,18 @@ class LM:
         drafter = ", with a draft-only adapter" if self.drafter is not None else ""
         drafter += ", with Medusa heads" if self.heads is not None else ""
         drafter += ", with n-grams" if self.ngrams is not None else ""
+        drafter += f", drafts by {self.draft.name}" if self.draft is not None else ""
         return f"LM({self.name!r}: {count:,} parameters, {self.dtype} on {self.backend}{drafter})"
 
     @property
     def dtype(self):
         """Of products and of the cache; bfloat16 where the weights are int8."""
         return self.params.embed.dtype
+
+    @property
+    def context(self) -> int:
+        """Tokens of a prompt and its reply at most: what the model was made for, and the one that drafts for it."""
+        return min(lm.cfg.max_position for lm in (self, self.draft) if lm is not None)
 
     @property
     def backend(self) -> str:
@@ -98,6 +105,7 @@ def load(
     adapter: str | Path | Sequence[str | Path] | None = None,
     dtype=jnp.float32,
     mesh: Mesh | None = None,
+    draft: str | Path | int | None = None,
 ) -> LM:
     """Load a checkpoint for decoding.
 
@@ -108,6 +116,8 @@ def load(
     n-grams stay beside them. One that was trained on other weights is taken with a warning.
     dtype: float32 or bfloat16, of weights and computation, or int8, of weights that multiply as bfloat16.
     mesh: of `make_mesh`, to spread weights and cache over.
+    draft: a checkpoint of a smaller model with the same vocabulary that drafts for this one, or how many of this one's
+    own first layers do.
     Raises InputError, one line that names what was found and what is accepted.
     """
     if dtype not in (*DTYPES, jnp.float32, jnp.bfloat16, jnp.int8):
@@ -126,7 +136,28 @@ def load(
         read = partial(_load_adapted, read, adapter_of=partial(checked, found=found))
     lm = read(dtype=dtype)
     _check_finite(lm)
-    return dataclasses.replace(lm, mesh=mesh)
+    lm = dataclasses.replace(lm, mesh=mesh)
+    return lm if draft is None else dataclasses.replace(lm, draft=draft_of(lm, draft, dtype))
+
+
+def draft_of(lm: LM, draft: str | Path | int, dtype) -> LM:
+    """The model that is to draft for a loaded one, see `load`. Raises InputError for one of another vocabulary."""
+    if isinstance(draft, int):
+        if not 1 <= draft <= lm.cfg.layers:
+            raise InputError(f"draft {draft}: accepted: 1 to {lm.cfg.layers}, the layers of {lm.name}")
+        cfg = dataclasses.replace(lm.cfg, layers=draft)
+        params = lm.params.replace(layers=lm.params.layers[:draft])
+        return LM(f"its first {draft} layers", cfg, params, lm.tokenizer, lm.stop_ids, mesh=lm.mesh)
+    with named(ckpt="draft"):
+        small = load(draft, dtype=dtype, mesh=lm.mesh)
+    if small.cfg.vocab_size != lm.cfg.vocab_size:
+        raise InputError(
+            f"draft {draft}: a vocabulary of {small.cfg.vocab_size} tokens; "
+            f"accepted: that of {lm.name}, of {lm.cfg.vocab_size}"
+        )
+    if small.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
+        raise InputError(f"draft {draft}: another tokenizer; accepted: that of {lm.name}")
+    return small
 
 
 def _check_finite(lm: LM) -> None:

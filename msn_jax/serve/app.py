@@ -157,11 +157,11 @@ class Server:
         choices, settings = [], asked.settings()
         for prompt in prompts:
             ids = encode(self.lm, prompt)
-            room = self.lm.cfg.max_position - len(ids)
+            room = self.lm.context - len(ids)
             new_tokens = room if most is None else most
             if not 1 <= new_tokens <= room:
                 message = f"the prompt has {len(ids)} tokens, with {max(new_tokens, 1)} new ones more than the context"
-                message = f"{message} of {self.lm.cfg.max_position}"
+                message = f"{message} of {self.lm.context}"
                 raise Refused(400, message, param="max_tokens", code="context_length_exceeded")
             decode = DecodeConfig(max_new_tokens=new_tokens, **settings)
             for number in range(asked.n or 1):

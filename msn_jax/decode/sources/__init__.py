@@ -9,7 +9,8 @@ from msn_jax.decode.sources.medusa import Medusa
 from msn_jax.decode.sources.ngrams import Ngrams
 from msn_jax.decode.sources.recycling import Recycling
 from msn_jax.decode.sources.retrieval import Retrieval
-from msn_jax.decode.tree import JACOBI, MEDUSA, NGRAMS, TreeSet
+from msn_jax.decode.tree import DRAFT_MODEL, JACOBI, MEDUSA, NGRAMS, TreeSet
+from msn_jax.errors import InputError
 from msn_jax.model_config import ModelConfig
 from msn_jax.params import DraftAdapter, Params
 
@@ -21,13 +22,20 @@ Drafter = DraftAdapter | dict[str, Any]  # what sources have of their own, by na
 
 def drafters(lm) -> Drafter | None:
     """What the sources have of their own in a loaded LM, as `loop.run` takes it."""
-    others = {name: own for name, own in ((MEDUSA, lm.heads), (NGRAMS, lm.ngrams)) if own is not None}
+    small = lm.draft and lm.draft.params
+    known = ((MEDUSA, lm.heads), (NGRAMS, lm.ngrams), (DRAFT_MODEL, small))
+    others = {name: own for name, own in known if own is not None}
     return {JACOBI: lm.drafter, **others} if others else lm.drafter
 
 
 def sources_of(trees: TreeSet) -> tuple[Source, ...]:
-    """Those that the trees name, in a fixed order."""
+    """Those that the trees name, in a fixed order. Raises InputError for a name that none has."""
     known = (*SOURCES, *trees.sources)
+    missing = set(trees.names) - {name for s in known for name in (s.name, s.probe)}
+    if missing:
+        raise InputError(
+            f"tree {trees.name!r} names the source {min(missing)!r}; accepted: with such a Source in its `sources`"
+        )
     return tuple(s for s in known if s.name in trees.names or s.probe in trees.names)
 
 

@@ -26,13 +26,9 @@ class Ngrams(Source):
         return jnp.where(at >= 0, before, -1), None
 
     def level(self, weights, carry, scratch: Array, at: At, tokens: Array) -> tuple[Array, Array]:
-        parents, each = np.unique(at.parent, return_inverse=True)
         text = jnp.concatenate([scratch, tokens], axis=1)  # what stands before the root, and the tree
         context = []
-        for parent in parents:
+        for parent in at.parents:
             path = at.tree.path[parent, : at.tree.depth[parent] + 1]
             context.append(np.concatenate([np.arange(ORDER - 1), ORDER - 1 + path])[-ORDER:])
-        found = following(weights.own, text[:, np.stack(context)])  # [B, parents, RANKS]
-        # A repeated last rank has no draft of its own: an earlier sibling has it.
-        known = np.minimum(at.rank, found.shape[-1] - 1)
-        return jnp.where((at.rank < found.shape[-1])[None], found[:, each, known], -1), scratch
+        return at.ranked(following(weights.own, text[:, np.stack(context)])), scratch

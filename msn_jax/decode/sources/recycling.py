@@ -45,13 +45,10 @@ class Recycling(Source):
         return jnp.full((batch, cfg.vocab_size, RANKS), -1, jnp.int32)
 
     def level(self, weights, carry: Array, scratch, at: At, tokens: Array) -> tuple[Array, tuple]:
-        parents, each = np.unique(at.parent, return_inverse=True)
-        above = tokens[:, parents]
+        above = tokens[:, at.parents]
         rows = jnp.zeros_like(above) if len(carry) == 1 else jnp.arange(len(carry))[:, None]
         following = carry[rows, jnp.maximum(above, 0)]  # [B, parents, RANKS]
-        following = jnp.where(above[:, :, None] >= 0, following, -1)
-        known = np.minimum(at.rank, RANKS - 1)
-        return jnp.where((at.rank < RANKS)[None], following[:, each, known], -1), scratch
+        return at.ranked(jnp.where(above[:, :, None] >= 0, following, -1)), scratch
 
     def observe(self, weights, carry, seen: Seen, ask: Ask) -> News:
         nodes = np.flatnonzero(~seen.tree.kind(*PROBES))
