@@ -1,14 +1,16 @@
-"""Tokens a second of rows that take the next prompt when they are done, against batches that wait for their last row.
+"""Tokens a second of rows that take the next prompt when they are done, against batches that wait for their last row,
+and against one prompt after the other.
 
     python -m benchmarks.refill --ckpt smollm2-135m-instruct --questions FILE.jsonl --batch_size 8
 
-Both have the same prompts, in the same order, by the same method; a batch is prefilled together, to its longest prompt.
-Seconds are those of prefill and decoding, without compilation.
+All have the same prompts, in the same order, by the same method; a batch is prefilled together, to its longest prompt.
+Seconds are those without compilation. A reply is identical where it is the one by one's.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import random
 import time
 
@@ -27,10 +29,26 @@ from msn_jax.records import print_record
 from msn_jax.terminal import run_command
 
 
-def in_batches(lm, asked: list[Request], method: str, tree: str | None, size: int) -> tuple[list[list[int]], float]:
-    """The tokens of each request, and the seconds of all batches."""
+@dataclasses.dataclass
+class Arm:
+    replies: list[list[int]]  # tokens of each request
+    prefill_seconds: float
+    seconds: float  # of decoding
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.replies))
+
+    @property
+    def speed(self) -> float:
+        """Tokens/s with prefill."""
+        return self.tokens / (self.prefill_seconds + self.seconds)
+
+
+def in_batches(lm, asked: list[Request], method: str, tree: str | None, size: int) -> Arm:
+    """By batches."""
     trees, chunk = trees_of(lm, method, tree, size), PREFILL_CHUNK.get(lm.backend, ACCELERATOR_CHUNK)
-    replies, seconds, ran = [], 0.0, set()
+    done, ran = Arm([], 0.0, 0.0), set()
     for at in range(0, len(asked), size):
         batch = asked[at : at + size]
         most = max(r.decode.max_new_tokens for r in batch)
@@ -53,22 +71,25 @@ def in_batches(lm, asked: list[Request], method: str, tree: str | None, size: in
                 run(prefilled().replace(tree=np.int32(tree_)), 1)
             ran.add(slots)
         began = time.perf_counter()
-        host = jax.device_get(run(prefilled(), 2**31 - 1).replace(drafts=None))
-        seconds += time.perf_counter() - began
+        state = jax.block_until_ready(prefilled())
+        read = time.perf_counter()
+        host = jax.device_get(run(state, 2**31 - 1).replace(drafts=None))
+        done.prefill_seconds += read - began
+        done.seconds += time.perf_counter() - read
         for row, request in enumerate(batch):
-            replies.append(host.tokens[row, len(request.prompt) : host.cache.length[row] + 1].tolist())
-    return replies, seconds
+            done.replies.append(host.tokens[row, len(request.prompt) : host.cache.length[row] + 1].tolist())
+    return done
 
 
-def refilled(lm, asked: list[Request], method: str, tree: str | None, size: int) -> tuple[list[list[int]], float]:
-    """The same by an engine."""
+def refilled(lm, asked: list[Request], method: str, tree: str | None, size: int) -> Arm:
+    """By an engine."""
     with Engine(lm, method=method, tree=tree, batch_size=size) as engine:
         for request in asked:
             engine.submit(request)
         while not all(request.finished for request in asked):
             engine.step()
             engine.collect()
-    return [r.tokens for r in asked], sum(r.seconds + r.prefill_seconds for r in asked)
+    return Arm([r.tokens for r in asked], sum(r.prefill_seconds for r in asked), sum(r.seconds for r in asked))
 
 
 def main() -> None:
@@ -97,22 +118,25 @@ def main() -> None:
     limits = [draw.randint(least, args.max_new_tokens) for _ in questions]
     prompts = [encode(lm, as_chat(question["turns"][0])) for question in questions]
     asked = lambda: [Request(ids, DecodeConfig(max_new_tokens=n)) for ids, n in zip(prompts, limits, strict=True)]
-    arms = {"batches": in_batches, "refill": refilled}
-    for warm in (args.batch_size + 1, None):  # what compiles does so before the clock
-        done = {name: arm(lm, asked()[:warm], args.method, args.tree, args.batch_size) for name, arm in arms.items()}
-    before = done["batches"]
+    size = args.batch_size
+    arms = {"one by one": (refilled, 1), "batches": (in_batches, size), "refill": (refilled, size)}
+    for warm in (size + 1, None):  # what compiles does so before the clock
+        done = {name: arm(lm, asked()[:warm], args.method, args.tree, rows) for name, (arm, rows) in arms.items()}
+    alone, batches = done["one by one"], done["batches"]
     figures = {}
-    for name, (replies, seconds) in done.items():
-        tokens = sum(map(len, replies))
+    for name, arm in done.items():
         figures[name] = {
-            "tokens_per_s": round(tokens / seconds, 1),
-            "ratio_to_batches": round(tokens / seconds / (sum(map(len, before[0])) / before[1]), 3),
-            "tokens": tokens,
-            "seconds": round(seconds, 2),
-            "identical": sum(a == b for a, b in zip(before[0], replies, strict=True)),
-            "prompts": len(replies),
+            "tokens_per_s": round(arm.speed, 1),
+            "ratio_to_batches": round(arm.speed / batches.speed, 3),
+            "decode_tokens_per_s": round(arm.tokens / arm.seconds, 1),
+            "decode_ratio_to_one_by_one": round(arm.tokens / arm.seconds * alone.seconds / alone.tokens, 3),
+            "prefill_seconds": round(arm.prefill_seconds, 2),
+            "seconds": round(arm.seconds, 2),
+            "tokens": arm.tokens,
+            "identical": sum(a == b for a, b in zip(alone.replies, arm.replies, strict=True)),
+            "prompts": len(arm.replies),
         }
-        print(f"{name:<10} {figures[name]}")
+        print(f"{name:<11} {figures[name]}")
     print_record(dtype=args.dtype, seed=args.seed, method=args.method, batch_size=args.batch_size, methods=figures)
 
 

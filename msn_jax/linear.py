@@ -68,7 +68,25 @@ def take_rows(w: Array | Int8Weight, rows: Array) -> Array:
     """w[rows], of a table [V, D]; of int8 in float32."""
     if isinstance(w, Int8Weight):
         return w.values[rows].astype(jnp.float32) * w.scale[rows][..., None]
-    return w[rows]
+    return _taken(w, rows) if w.dtype == jnp.bfloat16 else w[rows]
+
+
+@jax.custom_vjp
+def _taken(w: Array, rows: Array) -> Array:
+    """w[rows], of bfloat16. XLA:CPU would widen the whole table first, each time that a program is called."""
+
+    def as_integers(w, rows):
+        return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(w, jnp.uint16)[rows], w.dtype)
+
+    return jax.lax.platform_dependent(w, rows, cpu=as_integers, default=lambda w, rows: w[rows])
+
+
+def _taken_backward(saved, y_bar):
+    w, rows = saved
+    return jax.vjp(lambda w: w[rows], w)[1](y_bar)[0], None
+
+
+_taken.defvjp(lambda w, rows: (_taken(w, rows), (w, rows)), _taken_backward)
 
 
 def linear(x: Array, w: Array | Int8Weight, in_dims: int = 1, dtype=None) -> Array:

@@ -62,6 +62,8 @@ def test_the_loop_copies_no_cache(tiny, name, dtype, batch):
     of_a_cache = f"[{','.join(map(str, shape))}]"
     assert of_a_cache in hlo and cache_copies(hlo, shape) == []
     assert dtype == "float32" or "f32" + of_a_cache not in hlo
+    table = f"f32[{cfg.vocab_size},{cfg.embed}]"
+    assert (table in hlo) == (dtype == "float32")  # nor is a table widened
 
 
 @pytest.mark.parametrize("batch", [1, 4])
@@ -80,6 +82,7 @@ def test_prefill_copies_no_cache(tiny, of_one_row, dtype, batch):
     hlo = jax.jit(lambda cache: jax.lax.fori_loop(0, 3, one, cache)).lower(state.cache).compile().as_text()
     shape = (batch, cfg.kv_heads, 256, cfg.head_dim)
     assert f"[{','.join(map(str, shape))}]" in hlo and cache_copies(hlo, shape) == []
+    assert dtype == "float32" or f"f32[{cfg.vocab_size},{cfg.embed}]" not in hlo
 
 
 @pytest.mark.parametrize("name", ["root", "chain4"])

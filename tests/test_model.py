@@ -11,7 +11,7 @@ from msn_jax import InputError
 from msn_jax.cache import init_cache, write_cache
 from msn_jax.io import hf
 from msn_jax.io.published_config import config_from_hf
-from msn_jax.linear import linear
+from msn_jax.linear import linear, take_rows
 from msn_jax.model import rope_frequencies
 
 forward = jax.jit(msn_jax.forward, static_argnums=1)
@@ -191,3 +191,16 @@ def test_a_profile_shows_the_parts(tiny):
     text = jax.jit(logits).lower(np.zeros((1, 4), np.int32)).compile().as_text()
     for scope in ("embed/", "attention/norm/", "attention/", "mlp/norm/", "mlp/", "unembed/"):
         assert f"/{scope}" in text, scope
+
+
+def test_rows_of_a_table_and_their_gradient():
+    rng = np.random.default_rng(0)
+    table, rows = rng.standard_normal((7, 3)).astype(jnp.bfloat16), np.array([[5, 0, 5], [2, 5, 6]])
+    weight = rng.integers(-3, 4, (2, 3, 3)).astype(np.float32)
+    loss = lambda w: jnp.sum(take_rows(w, rows).astype(jnp.float32) * weight)
+    expected = np.zeros((7, 3), np.float32)
+    np.add.at(expected, rows, weight)
+    np.testing.assert_array_equal(jax.jit(take_rows)(table, rows), table[rows])
+    found = jax.jit(jax.grad(loss))(jnp.asarray(table))
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found.astype(jnp.float32), expected)
