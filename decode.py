@@ -29,7 +29,7 @@ from msn_jax.decode.tree import DRAFT_MODEL
 from msn_jax.decode.tree_sets import METHODS, TREE_SETS, tree_set
 from msn_jax.decode.tune import tune_to
 from msn_jax.errors import named
-from msn_jax.io.loading import ACCEPTED, DTYPES
+from msn_jax.io.loading import ACCEPTED, ADAPTER_HELP, DTYPES
 from msn_jax.io.rows_out import STDOUT, check_outputs, rows_out
 from msn_jax.page import run_of, write_html
 from msn_jax.sharding import make_mesh
@@ -48,7 +48,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         allow_abbrev=False,  # "--plan" is looked for above, before anything is parsed
     )
     p.add_argument("--ckpt", help=f"checkpoint: {ACCEPTED}")
-    p.add_argument("--adapter", help="directory of an adapter, merged into the weights unless it is draft-only")
+    p.add_argument("--adapter", help=ADAPTER_HELP)
     small = p.add_mutually_exclusive_group()
     small.add_argument("--draft_ckpt", help="a smaller checkpoint of the same vocabulary, for --method draft-model")
     small.add_argument("--draft_layers", type=int, help="or so many of the model's own first layers")

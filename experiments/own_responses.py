@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +82,7 @@ def main() -> None:
         keep_rows(args.out, lines)
         done += lines
         bar.update(len(batch))
-    print(json.dumps({"asked": asked, "kept": len(done), "out": str(args.out)}))
+    print(f"{asked} prompts answered, {len(done)} replies kept; wrote {args.out}")
 
 
 if __name__ == "__main__":

@@ -22,14 +22,15 @@ from msn_jax.io.tokenizer import TextStream
 # vision, and stays on one side of the text colour, so every level keeps a contrast of at least 4.5.
 LIGHT = ("f3f6dc", "b3dfc0", "66bfc9", "4c9bd2")
 DARK = ("262b3a", "28487a", "1b6585", "147667")
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 840, 190, 46, 76, 12, 42  # of a plot and its margins
+HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 190, 46, 76, 12, 42  # of a plot and its margins
+WIDE, NARROW = 840, 362  # widths of the plot, the second for a telephone: text keeps its size
 
 
 OWN, RETRIEVED, PREDICTED = "own", "retrieved", "predicted"  # where a token came from
 ORIGINS = {
     OWN: "the model's own next token: each pass ends with one",
     RETRIEVED: "drafted from the text so far, and accepted",
-    PREDICTED: "drafted by a prediction of the model's, and accepted",
+    PREDICTED: "drafted in another way (a prediction of the model's, or its earlier replies), and accepted",
 }
 
 
@@ -160,7 +161,7 @@ def _section(index: int, run: Run, top: int, longest: int) -> str:
     passes = "".join(_pass(index, i, run) for i in range(len(run.accepted)))
     some = any(piece.text for pieces in run.pieces for piece in pieces)
     body = f'<div class="text">{passes}</div>' if some else '<p class="none">No text.</p>'
-    plot = _plot(index, run, top, longest) if run.tokens else ""
+    plots = "\n".join(_plot(index, run, top, longest, width) for width in (WIDE, NARROW) if run.tokens)
     drafted = [piece.origin for pieces in run.pieces for piece in pieces]
     origins = " ".join(
         f'<span title="{about}"><u class="{name}">{name}</u> {drafted.count(name)}</span>'
@@ -172,7 +173,7 @@ def _section(index: int, run: Run, top: int, longest: int) -> str:
         origins += f' <span title="{about}"><span class="missed">text offered another</span> {rejected}</span>'
     head = f"""<h2>{escape(run.method)}</h2>
 <div class="key">tokens accepted in one pass <span>{keys}</span></div>"""
-    inner = f'{body}\n<p class="origins key">{origins}</p>\n{plot}'
+    inner = f'{body}\n<p class="origins key">{origins}</p>\n{plots}'
     if run.method == "ar":  # the same text without a draft: there for whom it interests
         return f'<section><details><summary class="head">{head}</summary>\n{inner}</details></section>'
     return f'<section><div class="head">{head}</div>\n{inner}</section>'
@@ -192,9 +193,9 @@ def _step(span: int, count: int) -> int:
     return next(m * power for m in (1, 2, 5, 10) if m * power * count >= span)
 
 
-def _plot(index: int, run: Run, top: int, longest: int) -> str:
+def _plot(index: int, run: Run, top: int, longest: int, width: int) -> str:
     """Accepted tokens of each pass over the tokens generated so far, and their mean so far."""
-    right, base = WIDTH - RIGHT, HEIGHT - BOTTOM
+    right, base = width - RIGHT, HEIGHT - BOTTOM
 
     def x(tokens: float) -> str:
         return f"{LEFT + tokens / longest * (right - LEFT):.2f}"
@@ -204,11 +205,11 @@ def _plot(index: int, run: Run, top: int, longest: int) -> str:
 
     ends = list(accumulate(run.accepted))
     grid, bars, outline = "", "", f"M{x(0)},{base}"
-    thin = min(0.8, 250 / longest)  # or the outline of a long run would hide its bars
+    thin = min(0.8, 0.3 * width / longest)  # or the outline of a long run would hide its bars
     for v in range(0, top + 1, _step(top, 6)):
         grid += f'<path class="grid" d="M{LEFT},{y(v)}H{right}"/>'
         grid += f'<text x="{LEFT - 8}" y="{y(v)}" dy="4" text-anchor="end">{v}</text>'
-    for v in range(0, longest + 1, _step(longest, 10)):
+    for v in range(0, longest + 1, _step(longest, width // 70)):
         grid += f'<path class="tick" d="M{x(v)},{base}v5"/>'
         grid += f'<text x="{x(v)}" y="{base + 18}" text-anchor="middle">{v}</text>'
     for i, (n, end) in enumerate(zip(run.accepted, ends, strict=True)):
@@ -219,7 +220,8 @@ def _plot(index: int, run: Run, top: int, longest: int) -> str:
     means = [end / (i + 1) for i, end in enumerate(ends)]
     line = " ".join(f"{x(a)},{y(m)}" for a, m in zip([0, *ends], [means[0], *means], strict=True))
     middle = (TOP + base) / 2
-    return f"""<div class="plot"><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="group"
+    kind = "narrow" if width == NARROW else "wide"
+    return f"""<div class="plot {kind}"><svg viewBox="0 0 {width} {HEIGHT}" role="group"
 aria-label="Accepted tokens per pass, {escape(run.method)}">{grid}{bars}
 <path class="outline" stroke-width="{thin:.2f}" d="{outline}V{base}"/>
 <path class="tick" d="M{LEFT},{base}H{right}"/>
@@ -244,7 +246,7 @@ body{max-width:860px;margin:40px auto 80px;padding:0 24px;background:var(--page)
  font:15px/1.5 system-ui,sans-serif}
 h1{font-size:24px;line-height:1.25;font-weight:650;margin:0 0 24px;overflow-wrap:anywhere}
 h2{font-size:17px;font-weight:600;margin:0}
-section{margin-top:36px}.table,.plot{overflow-x:auto}
+section{margin-top:36px}.table{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:7px 0 7px 16px;text-align:right;border-bottom:1px solid var(--line)}
 th:first-child{padding-left:0;text-align:left;font-weight:600;white-space:nowrap}
@@ -262,14 +264,14 @@ u{text-decoration:none}u.retrieved{border-bottom:2px solid var(--ink)}u.predicte
 summary{cursor:pointer}summary h2::before{content:"▸ "}details[open] summary h2::before{content:"▾ "}
 .settings{margin:-16px 0 24px;color:var(--soft);font-size:13px;overflow-wrap:anywhere}
 .text i::before{content:"↵";font-style:normal;opacity:.4}
-svg{display:block;width:100%;min-width:600px;margin-top:14px;font-size:12px}
+svg{display:block;width:100%;margin-top:14px;font-size:12px}.narrow{display:none}
 svg text{fill:var(--soft)}.bar{fill:var(--c,none)}.bar:hover{fill:var(--mean)}
 .grid,.tick,.outline,.mean{fill:none;stroke:var(--line);pointer-events:none}
 .tick,.outline{stroke:var(--soft)}.outline{stroke-opacity:.7}
 .mean{stroke:var(--mean);stroke-width:2;stroke-linejoin:round}.halo{stroke:var(--page);stroke-width:5}
 svg .meantext{fill:var(--mean)}
 @media (max-width:600px){body{margin-top:20px;padding:0 14px}th,td{padding-left:5px;font-size:12px}
- thead th{font-size:10px;line-height:1.3}.plot{overflow:visible}svg{min-width:0;font-size:17px;overflow:visible}}
+ thead th{font-size:10px;line-height:1.3}.wide{display:none}.narrow{display:block}}
 </style></head><body><h1>$title</h1>
 <p class="settings">$settings</p>
 <div class="table"><table><thead><tr><th scope="col">method</th><th scope="col">tokens</th>
@@ -281,8 +283,8 @@ $rows
 <section><h2>Prompt</h2><div class="text prompt">$prompt</div></section>
 $runs
 <p class="key">Each colour is a pass: its last token is the model's own, those before it were drafts. Solid line:
-drafted from the text so far; dotted: from a prediction of the model's. A red edge: the text offered another token
-there, which was not the model's; where the tree of the pass had room for it, that draft was rejected. Point at a pass
-to read it.</p>
+drafted from the text so far; dotted: in another way, from a prediction of the model's or from its earlier replies. A
+red edge: the text offered another token there, which was not the model's; where the tree of the pass had room for it,
+that draft was rejected. Point at a pass to read it.</p>
 </body></html>
 """)

@@ -23,6 +23,7 @@ def plot_metrics(lines: list[dict], path: str | os.PathLike) -> None:
 
     lines: objects with `step` and what train.py writes. Needs the `plots` extra, see `check_plot`.
     """
+    from matplotlib import colormaps
     from matplotlib.figure import Figure  # not pyplot: no display is needed, and no global state is left
 
     def series(name: str) -> tuple[list[int], list[float]]:
@@ -30,26 +31,27 @@ def plot_metrics(lines: list[dict], path: str | os.PathLike) -> None:
         return [step for step, _ in points], [value for _, value in points]
 
     window = max(1, len(lines) // 20)
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    # One above the other: on a narrow screen, too, the words can be read.
+    figure = Figure(figsize=(6.5, 7), layout="constrained")
+    upper, lower = figure.subplots(2, 1)
     for name, label in (("loss_clean", "clean positions"), ("loss_noisy", "noise positions")):
         steps, values = series(name)
         if steps:
-            left.plot(steps, _smooth(values, window), label=label)
+            upper.plot(steps, _smooth(values, window), label=label)
     steps, values = series("eval_loss")
     if steps:
-        left.plot(steps, values, "k.", label="held out, clean text")
-    left.set(xlabel="step", ylabel="loss (nats a token)", title="Loss")
+        upper.plot(steps, values, "k.", label="held out, clean text")
+    upper.set(xlabel="step", ylabel="loss (nats a token)", title="Loss")
     depths = sorted({int(key[10:]) for line in lines for key in line if key.startswith("top1_depth")})
     for depth in depths:
         steps, values = series(f"top1_depth{depth}")
-        shade = 0.25 + 0.65 * (depth - 1) / max(len(depths) - 1, 1)
-        right.plot(steps, _smooth(values, window), color=(shade, shade, 0.9 - 0.5 * shade), label=f"depth {depth}")
-    right.set(xlabel="step", ylabel="top-1 accuracy", title=f"Accuracy by noise depth (mean of {window} steps)")
-    for axes in (left, right):
+        colour = colormaps["viridis"](0.85 * (depth - 1) / max(len(depths) - 1, 1))  # its end is pale on white
+        lower.plot(steps, _smooth(values, window), color=colour, label=f"depth {depth}")
+    lower.set(xlabel="step", ylabel="top-1 accuracy", title=f"Accuracy by noise depth (mean of {window} steps)")
+    for axes in (upper, lower):
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(frameon=False)
+            axes.legend(edgecolor="none")
     figure.savefig(path, dpi=120)
 
 

@@ -298,6 +298,7 @@ def tune(
     say: Callable[[str], None] = print,
 ) -> tuple[dict[int, TreeSet], dict[str, Any]]:
     """The best tree set for each batch size, and the figures behind them. prompts: token ids."""
+    say(f"decoding {len(prompts)} prompts with the widest tree, then timing passes of {NODES[0]} to {NODES[-1]} nodes")
     cycles = survey(lm, prompts, max_new_tokens)
     say(f"surveyed {len(cycles.match)} passes of {len(prompts)} prompts")
     sets, by_batch = {}, {}
@@ -305,7 +306,9 @@ def tune(
         seconds = costs(lm, batch)
         sets[batch], figures = build(cycles, seconds, f"tuned{batch}", lm.drafter is not None)
         by_batch[batch] = {**figures, "cost_ms": {n: round(1e3 * s, 3) for n, s in seconds.items()}}
-        say(f"batch {batch}: {figures}")
+        nodes = ", ".join(map(str, figures["nodes"]))
+        expected = f"{figures['tokens_a_pass']} tokens a pass, {figures['ratio_to_one_token']} of ar's speed"
+        say(f"batch {batch}: trees of {nodes} nodes; expected: {expected}")
     device = jax.devices(lm.backend)[0].device_kind
     return sets, {
         "ckpt": lm.name,

@@ -32,6 +32,10 @@ logger = logging.getLogger("msn_jax")
 ACCEPTED = (
     "a Hugging Face directory, a .gguf file, a run directory of train.py, a hub id (org/name), or smollm2-135m-instruct"
 )
+ADAPTER_HELP = (
+    "directory of train.py's or of n-grams, or a PEFT adapter (directory, .safetensors, hub id); low-rank matrices are "
+    "merged into the weights, a draft-only adapter, heads and n-grams only draft"
+)
 DTYPES = ("float32", "bfloat16", "int8")
 SMOLLM2 = "smollm2-135m-instruct"
 SMOLLM2_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"

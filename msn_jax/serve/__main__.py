@@ -17,7 +17,7 @@ from msn_jax.decode.engine import Engine
 from msn_jax.decode.generate import STREAM_CYCLES
 from msn_jax.decode.tree_sets import METHODS, TREE_SETS, tree_set
 from msn_jax.errors import InputError, named
-from msn_jax.io.loading import ACCEPTED, DTYPES
+from msn_jax.io.loading import ACCEPTED, ADAPTER_HELP, DTYPES
 from msn_jax.serve.worker import Worker
 from msn_jax.sharding import make_mesh
 from msn_jax.terminal import CACHE_HELP, run_command
@@ -33,7 +33,7 @@ def main() -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("--ckpt", required=True, help=f"checkpoint: {ACCEPTED}")
-    p.add_argument("--adapter", help="directory of an adapter, merged into the weights unless it is draft-only")
+    p.add_argument("--adapter", help=ADAPTER_HELP)
     p.add_argument("--name", help="of the model in the protocol; default: the last part of --ckpt")
     p.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: all of this machine")
     p.add_argument("--port", type=int, default=8000)
