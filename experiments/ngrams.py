@@ -16,7 +16,7 @@ from msn_jax.answers import LOOPS, repeated_4grams
 from msn_jax.config import DataSource, LoraConfig
 from msn_jax.io.adapters import loaded_fingerprint, save_adapter
 from msn_jax.ngrams import ORDER, SLOTS, make_table
-from msn_jax.rows import Unusable, read_rows, to_messages
+from msn_jax.rows import read_rows
 from msn_jax.terminal import run_command
 
 
@@ -30,12 +30,10 @@ def main() -> None:
     args = p.parse_args()
     if args.buckets < 1 or args.buckets & (args.buckets - 1):
         raise InputError(f"--buckets {args.buckets}: accepted: a power of two")
-    try:
-        talks = [to_messages(row) for row in read_rows(DataSource(path=str(args.replies)))]
-    except Unusable as e:
-        raise InputError(
-            f"--replies {args.replies}: a row that cannot be used ({e}); accepted: rows of messages"
-        ) from e
+    rows = list(read_rows(DataSource(path=str(args.replies))))
+    if not all(isinstance(row.get("messages"), list) for row in rows):
+        raise InputError(f"--replies {args.replies}: a row without messages; accepted: what own_responses.py writes")
+    talks = [row["messages"] for row in rows]
     lm = load(args.ckpt)
     texts = []
     for tokens, response in encoded(lm, talks, lm.cfg.max_position):

@@ -170,6 +170,10 @@ def test_a_table_from_replies_is_an_adapter(tiny_ckpt, tmp_path, monkeypatch, ca
     run("--buckets", "100")
     with pytest.raises(InputError, match="--buckets 100: accepted: a power of two"):
         script.main()
+    (tmp_path / "odd.jsonl").write_text('{"prompt": "Count.", "completion": "1"}\n')
+    run("--replies", str(tmp_path / "odd.jsonl"))
+    with pytest.raises(InputError, match="odd.jsonl: a row without messages; accepted: what own_responses.py writes"):
+        script.main()
     run("--buckets", "64")
     script.main()
     assert "2 replies" in capsys.readouterr().out  # one loops
