@@ -7,11 +7,17 @@ import random
 import resource
 import shutil
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests compile much and run little: without LLVM's optimisation they take 0.7 of the time.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Tests compile much and run little: without LLVM's optimisation they take 0.7 of the time, and with the older emitters
+# of fusions, which jax 0.10 still has, 0.6 of that.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""),
+)
 # What one worker, or a script that a test starts, has compiled, the others read. A bound on its size makes jax lock
 # the folder, without which two processes could meet over half an entry.
 if "PYTEST_XDIST_WORKER" not in os.environ:

@@ -94,11 +94,12 @@ def test_two_processes_train_as_one(config, tmp_path):
     common = {"data": {"held_out": 8}, "mesh": {"fsdp": 2}}
     alone = config("alone.yaml", train=settings | {"out": str(tmp_path / "alone")}, **common)
     pair = config("pair.yaml", train=settings | {"out": str(tmp_path / "pair")}, **common)
-    quick = "--xla_backend_optimization_level=0"
-    processes = [start(["--config", alone], XLA_FLAGS=f"{quick} --xla_force_host_platform_device_count=2")]
+    processes = [
+        start(["--config", alone], XLA_FLAGS=f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2")
+    ]
     for i in range(2):
         where = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(i)}
-        processes.append(start(["--config", pair], XLA_FLAGS=quick, **where))
+        processes.append(start(["--config", pair], **where))
     for process in processes:
         with process:
             output, _ = process.communicate(timeout=240)
@@ -176,7 +177,7 @@ print("the same tokens")
 
 
 def test_on_eight_devices_a_step_and_a_decode_are_those_of_one():
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"}
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count=8 {os.environ['XLA_FLAGS']}"}
     done = subprocess.run([sys.executable, "-c", EIGHT_DEVICES], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "one step is the same" in done.stdout and "the same tokens" in done.stdout

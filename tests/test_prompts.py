@@ -142,7 +142,7 @@ print("spread")
 
 @pytest.mark.slow
 def test_a_mesh_is_remembered(tiny_ckpt):
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"}
+    env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {os.environ['XLA_FLAGS']}"}
     done = subprocess.run(
         [sys.executable, "-c", ON_A_MESH, str(tiny_ckpt)], cwd=ROOT, env=env, capture_output=True, text=True
     )
