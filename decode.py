@@ -25,8 +25,7 @@ from msn_jax.chat import chat
 from msn_jax.decode.generate import Stream, generate_batches
 from msn_jax.decode.prompts import Row, as_chat, encode, read_prompts
 from msn_jax.decode.sources import recycling
-from msn_jax.decode.tree import DRAFT_MODEL
-from msn_jax.decode.tree_sets import METHODS, TREE_SETS, tree_set
+from msn_jax.decode.tree_sets import METHODS, TREE_SETS, given_draft
 from msn_jax.decode.tune import tune_to
 from msn_jax.errors import named
 from msn_jax.io.loading import ACCEPTED, ADAPTER_HELP, DTYPES
@@ -258,11 +257,7 @@ def main(argv: list[str] | None = None) -> None:
     fields = {field.name for field in dataclasses.fields(DecodeConfig)}
     config = DecodeConfig(**{name: value for name, value in vars(args).items() if name in fields})
     rows = None
-    trees = tree_set(config.method, config.tree)  # an impossible pair is refused before the weights are read
-    by = "--draft_layers" if args.draft_ckpt is None else "--draft_ckpt"
-    draft = args.draft_layers if args.draft_ckpt is None else args.draft_ckpt
-    if draft is not None and DRAFT_MODEL not in trees.names:
-        raise InputError(f"{by} does nothing with --method {args.method}; accepted: --method draft-model")
+    draft, by = given_draft(args)  # an impossible setting is refused before the weights are read
     inputs = {"--prompts": args.prompts, "--tune": args.tune, "--ckpt": args.ckpt, "--adapter": args.adapter}
     inputs["--draft_ckpt"] = args.draft_ckpt
     outputs = {"--tune_out": args.tune_out, "--draft_memory": args.draft_memory}

@@ -203,3 +203,16 @@ def tree_set(
     if name is not None and not any((~tree.kind(ROOT, *PROBES)).any() for tree in trees):
         raise InputError(f"tree {name!r} has no draft that the method {method!r} uses")
     return TreeSet(base.name, trees, min_match)
+
+
+def given_draft(flags) -> tuple[str | int | None, str]:
+    """What is to draft, as `load` takes it, of flags --draft_ckpt and --draft_layers, and the one that was given.
+
+    flags: parsed, with --method and --tree. Raises InputError where these are impossible, or do not draft with it.
+    """
+    ckpt, layers = flags.draft_ckpt, flags.draft_layers
+    by = "--draft_layers" if ckpt is None else "--draft_ckpt"
+    trees = tree_set(flags.method, flags.tree)
+    if (ckpt, layers) != (None, None) and DRAFT_MODEL not in trees.names:
+        raise InputError(f"{by} does nothing with --method {flags.method}; accepted: --method draft-model")
+    return (layers if ckpt is None else ckpt), by

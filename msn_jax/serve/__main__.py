@@ -15,7 +15,7 @@ import jax
 from msn_jax import kernels, load
 from msn_jax.decode.engine import Engine
 from msn_jax.decode.generate import STREAM_CYCLES
-from msn_jax.decode.tree_sets import METHODS, TREE_SETS, tree_set
+from msn_jax.decode.tree_sets import METHODS, TREE_SETS, given_draft
 from msn_jax.errors import InputError, named
 from msn_jax.io.loading import ACCEPTED, ADAPTER_HELP, DTYPES
 from msn_jax.serve.worker import Worker
@@ -34,6 +34,9 @@ def main() -> None:
     )
     p.add_argument("--ckpt", required=True, help=f"checkpoint: {ACCEPTED}")
     p.add_argument("--adapter", help=ADAPTER_HELP)
+    small = p.add_mutually_exclusive_group()
+    small.add_argument("--draft_ckpt", help="a smaller checkpoint of the same vocabulary, for --method draft-model")
+    small.add_argument("--draft_layers", type=int, help="or so many of the model's own first layers")
     p.add_argument("--name", help="of the model in the protocol; default: the last part of --ckpt")
     p.add_argument("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0: all of this machine")
     p.add_argument("--port", type=int, default=8000)
@@ -53,15 +56,15 @@ def main() -> None:
     except ImportError as e:
         raise InputError(f"the server needs {e.name}; pip install -e '.[serve]' in the checkout") from None
 
-    tree_set(args.method, args.tree)  # an impossible pair is refused before the weights are read
+    draft, by = given_draft(args)  # an impossible setting is refused before the weights are read
     for name, least, most in (("port", 0, 65535), ("batch_size", 1, 2**16), ("max_waiting", 0, 2**31)):
         if not least <= getattr(args, name) <= most:
             raise InputError(f"--{name} {getattr(args, name)}: accepted: {least} to {most}")
     if not 1 <= args.tensor <= jax.device_count():
         raise InputError(f"--tensor {args.tensor}: accepted: 1 to {jax.device_count()}, the devices that there are")
     mesh = make_mesh(tensor=args.tensor) if args.tensor > 1 else None
-    with named(ckpt="--ckpt", adapter="--adapter"):
-        lm = load(args.ckpt, args.adapter, args.dtype, mesh)
+    with named(ckpt="--ckpt", adapter="--adapter", draft=by):
+        lm = load(args.ckpt, args.adapter, args.dtype, mesh, draft)
     if lm.backend == "cpu":
         print(f"{args.dtype} on {kernels.describe()}", file=sys.stderr)
     settings = dict(method=args.method, tree=args.tree, batch_size=args.batch_size, cycles=STREAM_CYCLES, keep=True)
