@@ -58,7 +58,7 @@ def check_settings(config: Any, prefix: str) -> None:
         kinds = _kinds(hints[field.name])
         fine = any(_is(value, kind) for kind in kinds)
         if not fine:
-            words = " or ".join(_KINDS[kind][1] for kind in kinds if kind in _KINDS)
+            words = " or ".join(_KINDS[kind][1] if kind in _KINDS else f"a {kind.__name__}" for kind in kinds)
             accepted = f"{words}: {accepted}" if accepted else words
         if not fine or not _allowed(value, field.metadata):
             shown = repr(value) if not fine and isinstance(value, str) else value

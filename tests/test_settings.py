@@ -1,11 +1,12 @@
 """Settings: every field says what it is for, and refuses what is not of its kind."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
 
-from msn_jax import DecodeConfig, InputError, NoiseConfig
+from msn_jax import DecodeConfig, InputError, ModelConfig, NoiseConfig
 from msn_jax.config import SECTIONS, LoraConfig
 from msn_jax.settings import check_settings, describe, setting
 
@@ -52,6 +53,22 @@ def test_the_other_settings_are_checked_alike():
         NoiseConfig(length=2.5)
     with pytest.raises(InputError, match="lora.targets = qkv is not possible|lora.targets = 'qkv'"):
         LoraConfig(targets="qkv")
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"vocab_size": "8"}, "model config: vocab_size = '8' is not possible; accepted: a whole number"),
+        ({"layers": 2.5}, "model config: layers = 2.5 is not possible; accepted: a whole number"),
+        ({"tie_embeddings": 1}, "model config: tie_embeddings = 1 is not possible; accepted: true or false"),
+        ({"rope_scaling": {}}, "model config: rope_scaling = {} is not possible; accepted: a RopeScaling or null"),
+        ({"sliding_window": 0}, "model config: sliding_window = 0 is not possible; accepted: a positive number"),
+    ],
+)
+def test_fields_of_a_model_are_of_their_kind(fields, message):
+    sizes = dict(vocab_size=8, embed=8, layers=1, heads=2, kv_heads=1, head_dim=4, mlp=8, max_position=8)
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        ModelConfig(**sizes | fields)
 
 
 def test_bounds_in_words_and_at_their_ends():
