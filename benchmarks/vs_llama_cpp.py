@@ -26,7 +26,7 @@ from msn_jax.decode.prompts import encode
 from msn_jax.io.gguf import is_gguf
 from msn_jax.io.loading import resolve
 from msn_jax.questions import read_questions, spread
-from msn_jax.records import print_record
+from msn_jax.records import listed, print_record
 from msn_jax.terminal import run_command
 
 # By dtype: the type of the matrices that llama.cpp reads, and how its files call that.
@@ -142,9 +142,7 @@ def main() -> None:
     p.add_argument("--threads", type=int, default=os.cpu_count(), help="of llama.cpp")
     p.add_argument("--max_new_tokens", type=int, default=128)
     args = p.parse_args()
-    dtypes = args.dtypes.split(",")
-    if unknown := set(dtypes) - set(STORED):
-        raise InputError(f"--dtypes {','.join(sorted(unknown))}: accepted: {', '.join(STORED)}")
+    dtypes = listed("--dtypes", args.dtypes, STORED)
     source = resolve(args.ckpt)
     if not is_gguf(source):
         raise InputError(f"--ckpt {args.ckpt}: no GGUF file; accepted: a .gguf file, or smollm2-135m-instruct")

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from msn_jax import InputError, generate, load
+from msn_jax import generate, load
 from msn_jax.config import DataSource
 from msn_jax.decode.loop import bucket
 from msn_jax.decode.prompts import encode
@@ -25,7 +25,7 @@ from msn_jax.io.loading import DTYPES, LM
 from msn_jax.io.tokenizer import encode_text
 from msn_jax.model import forward, unembed
 from msn_jax.questions import read_questions, spread
-from msn_jax.records import print_record
+from msn_jax.records import listed, print_record
 from msn_jax.rows import read_rows, to_messages
 from msn_jax.score import loglikelihoods
 from msn_jax.terminal import run_command
@@ -76,9 +76,7 @@ def main() -> None:
     p.add_argument("--rows", type=int, default=64, help="of --held_out")
     p.add_argument("--max_new_tokens", type=int, default=96)
     args = p.parse_args()
-    dtypes = args.dtypes.split(",")
-    if unknown := set(dtypes) - set(DTYPES):
-        raise InputError(f"--dtypes {','.join(sorted(unknown))}: accepted: {', '.join(DTYPES)}")
+    dtypes = listed("--dtypes", args.dtypes, DTYPES)
 
     lm = load(args.ckpt)
     prompts = [

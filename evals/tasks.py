@@ -34,7 +34,7 @@ from msn_jax.decode.prompts import encode
 from msn_jax.io.loading import LM
 from msn_jax.io.tokenizer import encode_text
 from msn_jax.questions import read_questions
-from msn_jax.records import keep_rows, kept_rows, print_record, same_settings
+from msn_jax.records import keep_rows, kept_rows, listed, print_record, same_settings
 from msn_jax.rows import read_rows
 from msn_jax.score import loglikelihoods
 from msn_jax.terminal import run_command
@@ -235,10 +235,7 @@ def main() -> None:
     p.add_argument("--batch_size", type=int, default=8)
     p.add_argument("--out", type=Path, help="keep answers here and resume from them")
     args = p.parse_args()
-    names = args.tasks.split(",")
-    for name in names:
-        if name not in TASKS:
-            raise InputError(f"--tasks: {name!r} is unknown; accepted: {', '.join(TASKS)}")
+    names = listed("--tasks", args.tasks, TASKS)
     items = {name: TASKS[name][0](args.data)[: args.limit] for name in names}
     if {"humaneval", "mbpp"} & set(names):
         if run_program("") != "passed" or "network" in (lacks := lacking()):

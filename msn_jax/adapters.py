@@ -20,8 +20,6 @@ from msn_jax.linear import HIGHEST, LowRank
 from msn_jax.model_config import ModelConfig
 from msn_jax.params import ArraySpec, DraftAdapter, Layer, Params, declare, init, stack_layers
 
-_INPUTS = {"qkv": 1, "o": 2, "gate_up": 1, "down": 1}  # last axes of each map's weight that are its input
-
 
 @struct.dataclass
 class Marked:
@@ -51,7 +49,7 @@ def declare_adapter(cfg: ModelConfig, lora: LoraConfig) -> Layer:
         if name not in lora.targets:
             return None
         spec = getattr(layer, name)
-        outs = len(spec.shape) - _INPUTS[name]
+        outs = len(spec.shape) - spec.ins
         return LowRank(
             a=ArraySpec((cfg.layers, lora.rank, *spec.shape[outs:]), (None, None, *spec.axes[outs:])),
             b=ArraySpec((*spec.shape[:outs], lora.rank), (*spec.axes[:outs], None)),

@@ -75,6 +75,14 @@ def keep_rows(path: Path, rows: Iterable) -> None:
         os.fsync(file.fileno())
 
 
+def listed(flag: str, text: str, known: Iterable[str]) -> list[str]:
+    """The names that a flag lists by commas. Raises InputError for one that is not known."""
+    names, known = text.split(","), list(known)
+    if unknown := [name for name in names if name not in known]:
+        raise InputError(f"{flag} {','.join(unknown)}: accepted: {', '.join(known)}")
+    return names
+
+
 def same_settings(path: Path, settings: dict) -> None:
     """Keep what a run was asked for in a JSON file beside its rows; InputError where an earlier run's are others."""
     settings = json.loads(json.dumps(settings, default=str))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import msn_jax
-from msn_jax import InputError, commands, plan, plot
+from msn_jax import InputError, commands, plan, plot, records
 from msn_jax.config import SECTIONS
 from msn_jax.io import run_dir
 from msn_jax.settings import describe
@@ -81,6 +81,8 @@ def test_help_of_the_benchmark_shows_what_a_method_may_be(monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ["decode", "train"])
 def test_installed_commands_are_the_scripts(name, monkeypatch, capsys):
+    for part in ("_log_to_stderr", "use_compile_cache"):  # they would stay for the tests that follow in this process
+        monkeypatch.setattr(f"msn_jax.terminal.{part}", lambda: None)
     monkeypatch.setattr("sys.argv", [f"msn-{name}", "--help"])
     with pytest.raises(SystemExit) as ended:
         getattr(commands, name)()
@@ -148,3 +150,9 @@ def test_the_readme_lists_every_file_of_the_package():
     assert sorted(path for path in named if not path.exists()) == []
     files = {path for path in (ROOT / "msn_jax").rglob("*.py") if path.name != "__init__.py"}
     assert sorted(files - named) == []
+
+
+def test_a_flag_lists_names_that_are_known():
+    assert records.listed("--dtypes", "int8,float32", ("float32", "int8")) == ["int8", "float32"]
+    with pytest.raises(InputError, match="^--dtypes int4,: accepted: float32, int8$"):
+        records.listed("--dtypes", "int4,int8,", ("float32", "int8"))

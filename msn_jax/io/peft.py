@@ -20,7 +20,6 @@ from msn_jax.params import Layer, declare
 
 WEIGHTS = "adapter_model.safetensors"
 _NAME = re.compile(r"(?:base_model\.model\.)?(?:model\.)?layers\.(\d+)\.(.+)\.lora_([AB])(?:\.default)?\.weight")
-_INPUTS = {"qkv": 1, "o": 2, "gate_up": 1, "down": 1}  # last axes of each map's weight that are its input
 
 # Settings that change what is computed, and the values at which they do not.
 _ONLY: dict[str, tuple] = {
@@ -88,19 +87,20 @@ def _field(file: Path, stored, field: str, parts: dict, settings: dict[str, Any]
     """The adapter of one of our maps, all layers. Ranks that differ by layer are filled up with zeros."""
     names, axis = layer_names(cfg)[field]
     modules = [name.removesuffix(".weight") for name in names]
-    shapes = part_shapes(cfg).get(field, [getattr(declare(cfg).layers[0], field).shape])
+    spec = getattr(declare(cfg).layers[0], field)
+    shapes = part_shapes(cfg).get(field, [spec.shape])
     ranks = np.zeros((cfg.layers, len(modules)), int)
     for i in range(cfg.layers):
         for j, (module, shape) in enumerate(zip(modules, shapes, strict=True)):
-            ranks[i, j] = _rank(file, stored, parts, (i, module), shape, _INPUTS[field])
+            ranks[i, j] = _rank(file, stored, parts, (i, module), shape, spec.ins)
     if not ranks.any():
         return None
     begins = np.concatenate([[0], np.cumsum(ranks.max(axis=0))])  # each part's rows of `a`
-    ins = shapes[0][len(shapes[0]) - _INPUTS[field] :]
+    ins = spec.shape[len(spec.shape) - spec.ins :]
     a = np.zeros((cfg.layers, begins[-1], *ins), np.float32)
     b = []
     for j, (module, shape) in enumerate(zip(modules, shapes, strict=True)):
-        outs = shape[: len(shape) - _INPUTS[field]]
+        outs = shape[: len(shape) - spec.ins]
         block = np.zeros((cfg.layers, *outs, begins[-1]), np.float32)
         for i in np.flatnonzero(ranks[:, j]):
             rows = slice(begins[j], begins[j] + ranks[i, j])
