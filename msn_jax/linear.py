@@ -12,7 +12,7 @@ from jax import Array
 
 from msn_jax import kernels
 
-LEFT_ROWS = 256  # rows up to which XLA multiplies a weight of float32 from the left on CPU
+LEFT_ROWS = 256  # up to so many rows XLA:CPU gets a float32 weight as the left operand
 HIGHEST = jax.lax.Precision.HIGHEST  # float32 means float32: TPUs and GPUs would round operands otherwise
 
 
@@ -57,7 +57,7 @@ def round_int8(w, in_dims: int) -> Int8Weight:
 
 
 def widened(w: Array | Int8Weight) -> Array:
-    """w, of int8 in float32."""
+    """w as an array; an Int8Weight in float32."""
     if not isinstance(w, Int8Weight):
         return w
     ins = tuple(range(w.scale.ndim, w.ndim))
@@ -65,7 +65,7 @@ def widened(w: Array | Int8Weight) -> Array:
 
 
 def take_rows(w: Array | Int8Weight, rows: Array) -> Array:
-    """w[rows], of a table [V, D]; of int8 in float32."""
+    """Rows of a table w [V, D]; those of an Int8Weight in float32."""
     if isinstance(w, Int8Weight):
         return w.values[rows].astype(jnp.float32) * w.scale[rows][..., None]
     return _taken(w, rows) if w.dtype == jnp.bfloat16 else w[rows]
