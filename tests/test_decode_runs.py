@@ -15,8 +15,6 @@ pytestmark = pytest.mark.slow
 CHAT = [[{"role": "user", "content": "Count from 3 by 2."}]]
 KINDS = {
     "all weights": {},
-    "marked": {"noise": {"mark": True}},
-    "lora": {"lora": {"rank": 2}},
     "lora, marked": {"lora": {"rank": 2}, "noise": {"mark": True}},
     "draft-only": {"lora": {"rank": 2, "draft_only": True}, "noise": {"anchors": 9}},
 }

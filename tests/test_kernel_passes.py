@@ -133,15 +133,13 @@ def test_the_same_as_xla(family, dtype, monkeypatch):
     [("bfloat16", {}), ("int8", {"temperature": 0.8, "top_k": 20, "top_p": 0.9})],
     ids=["bfloat16-greedy", "int8-sampled"],
 )
-@pytest.mark.parametrize(
-    "method, rows, adapted", [("lookup", 4, False), ("tr-jacobi", 1, False), ("tr-jacobi", 4, True)]
-)
-def test_every_method_gives_the_tokens_of_ar(dtype, settings, method, rows, adapted):
+@pytest.mark.parametrize("rows, adapted", [(1, False), (4, True)])
+def test_drafts_change_no_token(dtype, settings, rows, adapted):
     cfg, params = tiny_model("llama", dtype)
     prompts = [[1, 2, 3, 4, 2, 3], [5, 6, 7], [9], [8, 8, 8, 8]]
     given = settings | {"max_new_tokens": 40, "dtype": params.embed.dtype}
     drafter = tiny_drafter(cfg, params.embed.dtype) if adapted else None
-    trees = tree_set(method, draft_only=adapted)
+    trees = tree_set("tr-jacobi", draft_only=adapted)
     drafted = decode_all(params, cfg, trees, prompts[:rows], drafter=drafter, **given)[1]
     assert drafted == decode_all(params, cfg, tree_set("ar"), prompts, **given)[1][:rows]
 

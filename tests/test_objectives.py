@@ -120,15 +120,14 @@ def test_the_clean_text_is_untouched_by_noise(tiny, batch):
     np.testing.assert_allclose(clean(noise), alone, atol=1e-6)
 
 
-@pytest.mark.parametrize("lora", [LoraConfig(), LoraConfig(rank=2)], ids=["weights", "adapter"])
-def test_beside_with_weight_0_is_plain_tuning_to_the_last_bit(one_layer, batch, lora):
+def test_beside_with_weight_0_is_plain_tuning_to_the_last_bit(one_layer, batch):
     cfg, params = one_layer
     stacked = stack_layers(params)
-    plain, _ = first_gradients(cfg, run_config(NoiseConfig(kind="none"), lora), stacked, batch)
-    silent, report = first_gradients(cfg, run_config(dataclasses.replace(BESIDE, weight=0.0), lora), stacked, batch)
+    plain, _ = first_gradients(cfg, run_config(NoiseConfig(kind="none")), stacked, batch)
+    silent, report = first_gradients(cfg, run_config(dataclasses.replace(BESIDE, weight=0.0)), stacked, batch)
     jax.tree.map(np.testing.assert_array_equal, plain, silent)
     assert (report["by_depth"][:, 0] > 0).all()
-    loud, _ = first_gradients(cfg, run_config(BESIDE, lora), stacked, batch)
+    loud, _ = first_gradients(cfg, run_config(BESIDE), stacked, batch)
     assert any((a != b).any() for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(loud), strict=True))
 
 

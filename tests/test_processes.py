@@ -160,11 +160,11 @@ for cfg, lora in ((other, LoraConfig()), (cfg, LoraConfig(rank=2))):
     assert results[0][1]["by_depth"][1:, 0].sum() == 16 * 3
 print("one step is the same")
 
-# SmolLM2 has 9 heads and 3 kv heads: neither divides over 4 devices. Some layers of it compile soon enough.
+# SmolLM2 has 9 heads and 3 kv heads: neither divides over 4 devices. Two layers of it compile soon enough.
 prompt = [[{"role": "user", "content": "List the first ten prime numbers."}]]
 lm, mesh = load("smollm2-135m-instruct"), make_mesh(tensor=4)
-lm = dataclasses.replace(lm, cfg=dataclasses.replace(lm.cfg, layers=6),
-                         params=lm.params.replace(layers=lm.params.layers[:6]))
+lm = dataclasses.replace(lm, cfg=dataclasses.replace(lm.cfg, layers=2),
+                         params=lm.params.replace(layers=lm.params.layers[:2]))
 with jax.set_mesh(mesh):
     spread = dataclasses.replace(lm, params=hf.place_params(lm.cfg, jax.device_get(lm.params), lm.dtype, mesh))
     gate_up = spread.params.layers[0].gate_up

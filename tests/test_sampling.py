@@ -46,9 +46,9 @@ def test_a_penalty_knows_the_tokens_above_each_node(tiny_lm, logits_after, metho
             seen = list(set(text))
             scores[seen] = np.where(scores[seen] < 0, scores[seen] * 1.3, scores[seen] / 1.3)
             assert scores[token] >= scores.max() - 1e-4
-    plain = generate(tiny_lm, PROMPTS, method=method, max_new_tokens=NEW)
+    plain = generate(tiny_lm, PROMPTS, method=method, tree=tree, max_new_tokens=NEW, batch_size=2)
     assert tokens(plain) != tokens(results)
-    settings = dict(max_new_tokens=NEW, batch_size=3, **DRAWN, **REPEATS, min_p=0.02)
+    settings = dict(max_new_tokens=NEW, batch_size=2, **DRAWN, **REPEATS, min_p=0.02)
     by = lambda method, tree: tokens(generate(tiny_lm, PROMPTS, method=method, tree=tree, **settings))
     assert by(method, tree) == by("ar", None)
 

@@ -33,8 +33,7 @@ def on_base(config, base, **sections):
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-@pytest.mark.parametrize("where", ["base", "base/../base", "link", "used", "foreign", "file"])
-def test_a_train_out_that_holds_other_files_is_refused(config, base, tmp_path, rank, where):
+def test_a_train_out_that_holds_other_files_is_refused(config, base, tmp_path, rank):
     (tmp_path / "link").symlink_to(base)
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "config.json").write_text("{}")
@@ -42,12 +41,13 @@ def test_a_train_out_that_holds_other_files_is_refused(config, base, tmp_path, r
     (tmp_path / "foreign" / "config.yaml").write_text("lr: 1\n")  # of some other program
     (tmp_path / "foreign" / "config.json").write_text("{}")
     (tmp_path / "file").write_text("")
-    path = on_base(config, base, train={"steps": 1, "out": str(tmp_path / where)}, lora={"rank": rank})
-    before = digests(tmp_path)
     why = {"used": "other files are in it", "foreign": "other files are in it", "file": "a file"}
-    with pytest.raises(InputError, match=f"train.out .*{why.get(where, 'is also model.ckpt')}"):
-        train.main(["--config", path])
-    assert digests(tmp_path) == before
+    for where in ("base", "base/../base", "link", *why):
+        path = on_base(config, base, train={"steps": 1, "out": str(tmp_path / where)}, lora={"rank": rank})
+        before = digests(tmp_path)
+        with pytest.raises(InputError, match=f"train.out .*{why.get(where, 'is also model.ckpt')}"):
+            train.main(["--config", path])
+        assert digests(tmp_path) == before
 
 
 def test_a_first_start_that_was_cut_off_is_taken_up(config, tmp_path, monkeypatch):
