@@ -119,6 +119,8 @@ def test_a_node_takes_the_first_choice_that_no_sibling_took():
     assert drafted(4) == [1, 4, 5, 6, 7, -1]
     assert drafted(8) == [1, 8, 4, 5, -1, -1]
     assert drafted(-1) == [1, -1, 4, 5, -1, -1]
+    tree = dataclasses.replace(tree, twins=True)  # all that may repeat a sibling take their first choice
+    assert drafted(4) == [1, 4, 4, 5, -1, -1] and drafted(-1) == [1, -1, 4, 5, -1, -1]
 
 
 @pytest.mark.parametrize("vocab", [61, 4097])

@@ -215,7 +215,7 @@ def fill(tree: TreeSpec, sources: tuple[Source, ...], weights: dict, carry: dict
                     known = weights[source.name], carry[source.name], scratch[source.name]
                     found, scratch[source.name] = source.level(*known, where, tokens)
                     offered = spread(found, at, offered)
-            if most > 1:  # or they are compared below
+            if most > 1 and not tree.twins:  # nodes without a choice are compared below
                 repeats = (tokens[:, taken] == offered[:, :, None]) & (taken >= 0)[None]
                 offered = jnp.where(repeats.any(axis=2), -1, offered)
             drafts = jnp.where(drafts >= 0, drafts, offered)
