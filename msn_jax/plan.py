@@ -105,8 +105,8 @@ def estimated_seconds(compiled: jax.stages.Compiled, chip: str) -> float:
     """One run of a compiled module by XLA:TPU's own estimates, without collectives: the longer of what its operations
     take at the chip's clock and of what its arguments (weights and cache) take to read.
 
-    What is read ahead while others compute costs nothing more, and XLA reads weights ahead. Its `cost_analysis` does
-    not serve: it counts what comes from fast memory as if it came from the slow one. A loop's body counts once.
+    XLA reads weights ahead, while other operations compute, so the two times are not added. Its `cost_analysis` does
+    not serve: it counts reads of fast memory as reads of the slow one. A loop's body counts once.
     """
     cycles = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', str(compiled.as_text()))))
     read = compiled.memory_analysis().argument_size_in_bytes
@@ -114,11 +114,11 @@ def estimated_seconds(compiled: jax.stages.Compiled, chip: str) -> float:
 
 
 def widened_weights(hlo: str, params: Params) -> int:
-    """Arrays in bfloat16 of a weight's size (of one chip) that a compiled module writes; int8 ought to need none."""
+    """How many arrays in bfloat16 of a weight's size (on one chip) a compiled module writes; int8 should need none."""
     is_rounded = lambda w: isinstance(w, Int8Weight)
     weights = [w.values for w in jax.tree.leaves(params, is_leaf=is_rounded) if is_rounded(w)]
     sizes = {math.prod(w.sharding.shard_shape(w.shape)) for w in weights}
-    # What a fusion computes on its way is no array: only its result is.
+    # Only the result of a fusion is an array, not what it computes on its way.
     fused = re.sub(r"^%?fused_computation.*?^}", "", hlo, flags=re.MULTILINE | re.DOTALL)
     written = re.findall(r"^\s*(?:ROOT )?\S+ = bf16\[([\d,]+)\]", fused, re.MULTILINE)
     return sum(math.prod(map(int, shape.split(","))) in sizes for shape in written)

@@ -68,7 +68,7 @@ def check_batch(rows: int, accumulate: int, mesh: Mesh) -> None:
 
 
 def start_processes(config: MeshConfig) -> None:
-    """Join the other processes of the run, where it has several: asked for, on a TPU pod, or told by environment."""
+    """Join the other processes of a run that has several: by its config, on a TPU pod, or by the environment."""
     on_pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
     if not (config.distributed or on_pod or "JAX_COORDINATOR_ADDRESS" in os.environ):
         return  # jax.distributed would raise on a lone machine

@@ -39,7 +39,7 @@ def _hf_name(name: str, architecture: str | None) -> str:
 
 
 class _Reader(GGUFReader):
-    """Reads each string of the vocabulary through a plain array: by way of np.memmap that takes twice as long."""
+    """Reads the strings of the vocabulary through a plain array: through np.memmap it takes twice as long."""
 
     def _get(self, *args, **kwargs):
         if isinstance(self.data, np.memmap):

@@ -60,7 +60,7 @@ def check_outputs(outputs: Mapping[str, str | None], inputs: Mapping[str, str | 
 def rows_out(path: str | None) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """A function that writes a row as a JSON line. None: nothing is written; "-": stdout.
 
-    Rows of a file stand in PATH.partial until all of them are there. What an earlier run left in it is kept under
+    The rows of a file stand in PATH.partial until all of them are there. What an earlier run left there is kept under
     another name. Raises InputError where another process is writing it, or the disk is full.
     """
     if path is None:

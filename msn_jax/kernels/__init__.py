@@ -114,14 +114,14 @@ def on_cpu(rows: int, kernel: Callable, xla: Callable, *args):
 
         return jax.jvp(of_moving, [primals[i] for i in moving], [tangents[i] for i in moving])
 
-    # Zeros as such, or an adapter's training would multiply frozen weights' zero tangents.
+    # Symbolic zeros: without them an adapter's training would multiply with the zero tangents of frozen weights.
     call.defjvp(derivative, symbolic_zeros=True)
     flat_xla = lambda *leaves: xla(*jax.tree.unflatten(treedef, leaves))
     return jax.lax.platform_dependent(*leaves, cpu=call, default=flat_xla)
 
 
 def _call(call: str, name: str, out, *args, aliases: dict[int, int] | None = None, **attributes):
-    # Mapped, it runs for one after the other: the bits stay.
+    # Under vmap the calls run one after the other: the bits stay.
     target = f"msn_jax_{call}_{name}"
     return jax.ffi.ffi_call(target, out, vmap_method="sequential", input_output_aliases=aliases)(*args, **attributes)
 
@@ -179,7 +179,7 @@ def angles(name: str, positions: Array, frequencies: Array) -> tuple[Array, Arra
 
 
 def best(name: str, rows: Array) -> Array:
-    """int32 [n]: where the largest number of each of rows float32 [n, V] stands first."""
+    """int32 [n]: the first place of the largest number in each row of float32 [n, V]."""
     return _call("best", name, jax.ShapeDtypeStruct(rows.shape[:1], jnp.int32), rows)
 
 

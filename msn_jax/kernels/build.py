@@ -30,8 +30,8 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 
 @cache
 def library_path(name: str) -> Path:
-    """Where the library of an instruction set stands. A library serves the FFI version alone that it was compiled for,
-    and environments with several versions of jax may share a checkout."""
+    """Where the library of an instruction set stands. Its name has the FFI version that it was compiled for, since
+    environments with several versions of jax may share a checkout."""
     header = Path(jax.ffi.include_dir(), "xla", "ffi", "api", "c_api.h").read_text()
     version = (re.search(rf"#define XLA_FFI_API_{part} (\d+)", header)[1] for part in ("MAJOR", "MINOR"))
     return HERE / f"_{name}.ffi{'_'.join(version)}.so"
@@ -55,7 +55,7 @@ def compile_library(name: str, library: Path, extra: tuple[str, ...] = ("-O3",))
 
 
 def build() -> list[Path]:
-    """Compile every library; those that there are at the end."""
+    """Compile every library. Returns their paths."""
     made = {name: library_path(name) for name in FLAGS}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(compile_library, made, made.values()))

@@ -52,8 +52,8 @@ def loss_sums(
 ) -> tuple[Array, tuple[Array, Array]]:
     """Divergence of the noise's predictions from the clean model's, see __init__.py; row 0 of the sums is empty.
 
-    top-k is how often the clean model's best token, the one that greedy decoding will ask for, is among the k best of
-    the noise. Logits of head_chunk noise tokens a row exist at one time.
+    top-k: how often the clean model's best token, which greedy decoding asks for, is among the k best of the noise.
+    Logits of head_chunk noise tokens a row exist at one time.
     """
     adapter = DraftAdapter(parts.adapter, parts.noise_embed)
     clean, hung = drafted(parts.weights, cfg, adapter, batch, anchors, remat, dtype)

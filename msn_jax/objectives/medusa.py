@@ -1,6 +1,6 @@
 """What Medusa's heads learn beside a frozen model: the tokens of a reply that stand further ahead (Cai et al. 2024).
 
-The loss is that of the authors' second recipe: cross entropy, that of each head counting noise.decay of the one before.
+The loss is that of the authors' second recipe: cross entropy; each head counts noise.decay of the one before it.
 """
 
 from __future__ import annotations

@@ -188,5 +188,5 @@ def divergence_sums(
 
 
 def weighted(sums: Array, decay: float) -> Array:
-    """The loss of noise in sums by depth, that of each depth counting `decay` of the one before. float32[]"""
+    """The loss of noise from sums by depth; each depth counts `decay` of the one before it. float32[]"""
     return sums[1:, LOSS] @ jnp.asarray(decay ** np.arange(len(sums) - 1), sums.dtype)

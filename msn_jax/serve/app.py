@@ -153,7 +153,8 @@ class Server:
     def ask(self, asked: ChatAsked | CompletionAsked, prompts: Sequence, most: int | None) -> Answer:
         """Have every prompt answered `n` times. most: new tokens, None for all that the context has room for."""
         if asked.model != self.name:
-            raise Refused(404, f"the model {asked.model!r} does not exist here", param="model", code="model_not_found")
+            what = f"the model {asked.model!r} does not exist here; accepted: {self.name}"
+            raise Refused(404, what, param="model", code="model_not_found")
         choices, settings = [], asked.settings()
         for prompt in prompts:
             ids = encode(self.lm, prompt)
