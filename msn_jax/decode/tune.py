@@ -71,7 +71,7 @@ class Survey(Source):
 def survey_tree(depths: int, ngrams: bool = False) -> TreeSpec:
     """Every source beside every other: a tree of recycled tokens, a long chain of the best continuation and a short one
     of the second, each with recycled tokens under it; with an adapter for `depths` noise tokens its candidates too.
-    n-grams stand wherever recycled tokens do, and in the long chain where nothing was retrieved."""
+    n-grams stand in place of recycled tokens, and in the long chain where nothing was retrieved."""
     odds = (0.45, 0.15, 0.08, 0.05, 0.035, 0.03, 0.025, 0.02)
     parents, sources = [-1], [(ROOT, 0)]
 
@@ -80,18 +80,17 @@ def survey_tree(depths: int, ngrams: bool = False) -> TreeSpec:
         sources.append(wants[0] if len(wants) == 1 else wants)
         return len(parents) - 1
 
-    known = (RECYCLING, NGRAMS) if ngrams else (RECYCLING,)
-    for kind in known:
-        tree, at = likely("", 64 if kind == RECYCLING else 32, odds, kind), {0: 0}
-        for node in range(1, tree.size):
-            at[node] = hang(at[tree.parents[node]], tree.sources[node])
+    # Recycling learns more from this wide tree than it would from a small one; n-grams are worth what they seem.
+    known = NGRAMS if ngrams else RECYCLING
+    tree = likely("", 64, odds, known)
+    for node in range(1, tree.size):
+        hang(tree.parents[node], tree.sources[node])
     for rank, length in ((0, 15), (1, 4)):
         node = 0
         for place in range(length):
             node = hang(node, (RETRIEVAL, rank), *([(NGRAMS, 0)] if ngrams and rank == 0 else []))
-            for kind in known if place < 3 else ():
-                for candidate in range(2):
-                    hang(node, (kind, candidate))
+            for candidate in range(2 if place < 3 else 0):
+                hang(node, (known, candidate))
     ends = [0]
     if depths:
         firsts = [hang(0, (JACOBI, rank)) for rank in range(8)]
