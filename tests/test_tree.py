@@ -137,7 +137,9 @@ def test_default_trees_are_wide_only_where_that_pays():
     # By place and batch: untouched, with a draft-only adapter.
     names = {
         ("cpu", 1): ("adaptive", "draft"),
-        ("cpu", 8): ("adaptive", "draft"),
+        ("cpu", 2): ("adaptive4", "adaptive4"),
+        ("cpu", 4): ("adaptive2", "adaptive2"),
+        ("cpu", 5): ("root", "root"),
         ("gpu", 1): ("mix64", "wide64"),
         ("gpu", 2): ("mix16", "ahead"),
         ("tpu", 1): ("mix16", "ahead"),
@@ -148,4 +150,8 @@ def test_default_trees_are_wide_only_where_that_pays():
         assert tuple(trees.name for trees in found) == expected, (backend, batch)
         for method in METHODS:
             sizes = [tree_set(method, None, backend, draft_only, batch).trees[-1].size for draft_only in (False, True)]
-            assert max(sizes) <= {"adaptive": 16, "mix16": 16, "mix64": 69}[expected[0]], method
+            assert max(sizes) <= {"mix64": 69}.get(expected[0], 16), method
+    with_ngrams = {1: "found", 2: "found4", 4: "found2", 5: "root"}
+    for batch, name in with_ngrams.items():
+        trees = tree_set("tr-jacobi", None, "cpu", batch=batch, ngrams=True)
+        assert trees.name == name and batch * max(tree.size for tree in trees.trees) <= 8

@@ -47,6 +47,7 @@ _ODDS = (0.45, 0.15, 0.08, 0.05, 0.035, 0.03, 0.025, 0.02)
 _ROOT = TreeSpec("root", (-1,), ((ROOT, 0),))
 _TREES = (
     _ROOT,
+    chain(1, EITHER, "chain2"),
     chain(3, EITHER, "chain4"),
     chain(7, EITHER, "chain8"),
     chain(15, EITHER, "chain16"),
@@ -76,6 +77,8 @@ _TREES = (
     likely("model16", 15, (0.7, 0.12, 0.06, 0.03), DRAFT_MODEL),
     likely("grams8", 7, _ODDS, NGRAMS),
     likely("grams16", 15, _ODDS, NGRAMS),
+    likely("found2", 0, _ODDS, NGRAMS, retrieval=1),
+    likely("found4", 1, _ODDS, NGRAMS, retrieval=2),
     likely("found8", 3, _ODDS, NGRAMS, retrieval=4),
     likely("found8long", 0, _ODDS, NGRAMS, retrieval=7),
     likely("found16", 8, _ODDS, NGRAMS, retrieval=7),
@@ -93,7 +96,10 @@ TREE_SETS: dict[str, TreeSet] = {name: TreeSet(name, (tree,), (0,)) for name, tr
     # The most tokens a pass of at most 16 nodes.
     "ahead": TreeSet("ahead", (_BY_NAME["ahead16"], _BY_NAME["draft16long"]), (0, 3)),
     # Sizes and thresholds from the matches and costs of 40 training prompts (LOG.md), by simulation.
-    "adaptive": TreeSet("adaptive", (_ROOT, chain(3, EITHER, "chain4"), chain(7, EITHER, "chain8")), (0, 1, 4)),
+    "adaptive": TreeSet("adaptive", (_ROOT, _BY_NAME["chain4"], _BY_NAME["chain8"]), (0, 1, 4)),
+    # The same for several prompts at a time.
+    "adaptive2": TreeSet("adaptive2", (_ROOT, _BY_NAME["chain2"]), (0, 1)),
+    "adaptive4": TreeSet("adaptive4", (_ROOT, _BY_NAME["chain4"]), (0, 1)),
     # Where the text's end stood before, a longer chain of what followed; n-grams else. The threshold is that above.
     "found": TreeSet("found", (_BY_NAME["found8"], _BY_NAME["found8long"]), (0, 4)),
 }
@@ -151,6 +157,10 @@ def _default(method: str, backend: str, draft_only: bool, batch: int, ngrams: bo
     if ngrams and method == "tr-jacobi" and (backend != "cpu" or batch == 1):
         # CPU: measured (LOG.md). Elsewhere by the widths below.
         return "found" if backend == "cpu" else "found16" if backend == "tpu" or batch > 1 else "found64"
+    if backend == "cpu" and batch > 1 and method in ("tr-jacobi", "lookup"):
+        # 8 rows of a pass cost little more than one, any more as much as they bring (LOG.md): 8 nodes for all prompts.
+        narrow = "found" if ngrams and method == "tr-jacobi" else "adaptive"
+        return f"{narrow}4" if batch <= 2 else f"{narrow}2" if batch <= 4 else "root"
     if backend == "cpu" or (backend == "tpu" and batch > 1):
         # CPU: measured by benchmarks/step_cost.py and spec_bench.py (LOG.md). TPU, by XLA's estimates for Llama-3-8B
         # (docs/plan.md): with 8 prompts, 8 nodes each cost 1.25 (v5e) and 1.19 (v5p) of one token, 16 nodes 1.97 and
