@@ -15,10 +15,10 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def shell(tiny_ckpt, tmp_path):
-    """Run a line of bash in which $DECODE is decode.py with a tiny checkpoint."""
+    """Run a line of bash in which $DECODE is decode.py with a tiny checkpoint, and the method that compiles soonest."""
 
     def call(line, **env):
-        decode = f"{sys.executable} {ROOT}/decode.py --ckpt {tiny_ckpt} --max_new_tokens 8"
+        decode = f"{sys.executable} {ROOT}/decode.py --ckpt {tiny_ckpt} --max_new_tokens 8 --method ar"
         env = os.environ | {"JAX_PLATFORMS": "cpu", "DECODE": decode} | env
         return subprocess.run(["bash", "-c", line], cwd=tmp_path, env=env, capture_output=True, text=True)
 
@@ -36,7 +36,7 @@ def test_rows_through_pipes(shell):
     done = shell("""printf '{"prompt": "ab"}\\n{"prompt": "qc", "id": "x"}\\n' | $DECODE --prompts - --out - 2>err""")
     assert [json.loads(line)["id"] for line in done.stdout.splitlines()] == [0, "x"], done
     # Text for people goes elsewhere.
-    done = shell("$DECODE --prompt ab --compare --out /dev/stdout")
+    done = shell("$DECODE --method tr-jacobi --prompt ab --compare --out /dev/stdout")
     assert len(done.stdout.splitlines()) == 1 and json.loads(done.stdout)["method"] == "tr-jacobi"
     assert "tokens identical: yes" in done.stderr
 
@@ -62,14 +62,14 @@ def test_closed_streams(shell, tmp_path):
     assert done.returncode == 1 and done.stderr.splitlines()[-1] == (
         "decode.py: error: cannot write (No space left on device)"
     )
-    done = shell("COLUMNS=3 $DECODE --prompt ab --compare")
+    done = shell("COLUMNS=3 $DECODE --method tr-jacobi --prompt ab --compare")
     assert "tokens identical: yes" in done.stdout
 
 
 def test_what_is_compiled_is_kept_where_it_is_wanted(shell, tmp_path):
     unset = "env -u JAX_COMPILATION_CACHE_DIR -u JAX_COMPILATION_CACHE_MAX_SIZE "
     unset += "-u JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS "
-    line = unset + "$DECODE --prompt abqc --method ar"
+    line = unset + "$DECODE --prompt abqc"
     done = shell(line, XDG_CACHE_HOME=str(tmp_path / "cache"))
     kept = lambda: [p for p in (tmp_path / "cache" / "msn_jax" / "xla").glob("*-cache")]
     assert done.returncode == 0 and kept(), done
