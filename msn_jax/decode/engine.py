@@ -77,9 +77,8 @@ class Engine:
         self._left: list[list[int]] = [[]] * self.size  # of rows that are free: the text that they have read
         self._state: loop.DecodeState | None = None
         self._shared: frozenset[str] = frozenset()  # sources whose memory all rows, and all calls, share
-        self._call: tuple[loop.Progress, float, list[int]] | None = (
-            None  # that runs: what it shows, when it began, its rows
-        )
+        # The call that runs: what it shows, when it began, its rows.
+        self._call: tuple[loop.Progress, float, list[int]] | None = None
 
     def __enter__(self) -> Engine:
         return self

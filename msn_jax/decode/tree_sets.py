@@ -154,13 +154,14 @@ _LARGE_DRAFT_ONLY = _LARGE | {"tr-jacobi": "wide64", "jacobi": "ahead16"}
 
 
 def _default(method: str, backend: str, draft_only: bool, batch: int, ngrams: bool) -> str:
-    if ngrams and method == "tr-jacobi" and (backend != "cpu" or batch == 1):
-        # CPU: measured (LOG.md). Elsewhere by the widths below.
-        return "found" if backend == "cpu" else "found16" if backend == "tpu" or batch > 1 else "found64"
+    ngrams = ngrams and method == "tr-jacobi"
     if backend == "cpu" and batch > 1 and method in ("tr-jacobi", "lookup"):
         # 8 rows of a pass cost little more than one, any more as much as they bring (LOG.md): 8 nodes for all prompts.
-        narrow = "found" if ngrams and method == "tr-jacobi" else "adaptive"
+        narrow = "found" if ngrams else "adaptive"
         return f"{narrow}4" if batch <= 2 else f"{narrow}2" if batch <= 4 else "root"
+    if ngrams:
+        # CPU: measured (LOG.md). Elsewhere by the widths below.
+        return "found" if backend == "cpu" else "found16" if backend == "tpu" or batch > 1 else "found64"
     if backend == "cpu" or (backend == "tpu" and batch > 1):
         # CPU: measured by benchmarks/step_cost.py and spec_bench.py (LOG.md). TPU, by XLA's estimates for Llama-3-8B
         # (docs/plan.md): with 8 prompts, 8 nodes each cost 1.25 (v5e) and 1.19 (v5p) of one token, 16 nodes 1.97 and
