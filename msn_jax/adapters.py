@@ -15,6 +15,7 @@ from flax import struct
 from jax import Array
 
 from msn_jax.config import LINEAR_MAPS, HeadsConfig, LoraConfig, NoiseConfig
+from msn_jax.eagle import EagleHead, declare_eagle, init_eagle
 from msn_jax.heads import MedusaHeads, declare_heads, init_heads
 from msn_jax.linear import HIGHEST, LowRank
 from msn_jax.model_config import ModelConfig
@@ -35,10 +36,10 @@ class Parts(NamedTuple):
     weights: Params
     adapter: Layer | None  # of LowRank
     noise_embed: Array | None  # [J, D]
-    heads: MedusaHeads | None = None
+    heads: MedusaHeads | EagleHead | None = None
 
 
-Trained = Params | Layer | DraftAdapter | Marked | MedusaHeads
+Trained = Params | Layer | DraftAdapter | Marked | MedusaHeads | EagleHead
 
 
 def declare_adapter(cfg: ModelConfig, lora: LoraConfig) -> Layer:
@@ -79,7 +80,8 @@ def declare_trained(
 ) -> Trained:
     """What a run trains, with an ArraySpec for every tensor."""
     if heads and heads.kind:
-        return declare_heads(cfg, heads.count)
+        eagle = heads.kind == "eagle"
+        return declare_eagle(cfg, heads.vocabulary) if eagle else declare_heads(cfg, heads.count)
     layers = declare_adapter(cfg, lora) if lora.rank else declare(cfg, stacked=True)
     embed = ArraySpec((noise.length, cfg.embed), (None, "embed"))
     return _with_embeddings(layers, embed, lora, noise)
@@ -98,7 +100,8 @@ def init_trained(
     Embeddings of noise are normal with deviation 0.02.
     """
     if heads and heads.kind:
-        return init_heads(cfg, heads.count)
+        eagle = heads.kind == "eagle"
+        return init_eagle(key, cfg, heads.vocabulary) if eagle else init_heads(cfg, heads.count)
     if lora.rank:
         start = init_adapter(key, cfg, lora)
     else:
@@ -122,7 +125,7 @@ def parts_of(trained: Trained, frozen: Params | None) -> Parts:
             return Parts(frozen, layers, noise_embed)
         case Layer():
             return Parts(frozen, trained, None)
-        case MedusaHeads():
+        case MedusaHeads() | EagleHead():
             return Parts(frozen, None, None, trained)
     return Parts(trained, None, None)
 

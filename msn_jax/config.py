@@ -277,8 +277,13 @@ class LoraConfig:
 class HeadsConfig:
     """Heads of a frozen model that predict further ahead: a way to draft without noise, to compare with."""
 
-    kind: str | None = setting(None, "medusa (Cai et al. 2024); null: none", choices=(None, "medusa"))
-    count: int = setting(4, "heads, each for one more token ahead", least=1)
+    kind: str | None = setting(
+        None, "medusa (Cai et al. 2024), eagle (EAGLE-3, Li et al. 2025); null: none", choices=(None, "medusa", "eagle")
+    )
+    count: int = setting(
+        4, "tokens ahead that are learnt: heads of medusa, each for one more; steps of eagle on its own output", least=1
+    )
+    vocabulary: int = setting(8192, "of eagle: tokens that it may draft, the most frequent of the replies", least=1)
 
     def __post_init__(self):
         check_settings(self, "heads.")

@@ -209,15 +209,16 @@ def block(
     attend: Callable,
     adapter: Layer | None = None,
     last: int | None = None,
+    entry: Array | None = None,
 ) -> tuple[Array, tuple]:
     """One decoder layer: x [B, T, D] -> (x, (k, v)) with this call's k, v [B, K, T, H].
 
     attend: (q, k, v) -> [B, T, N, H], who sees whom. adapter: a Layer of LowRank or None by linear map; last: see
-    `adapted`.
+    `adapted`. entry [B, T, ...]: what queries, keys and values are made of; None: x behind its norm.
     """
     part = lambda name: getattr(adapter, name, None)
     with jax.named_scope("attention"):
-        h = norm(x, layer.attn_norm, layer.attn_norm_bias, cfg.norm_eps)
+        h = norm(x, layer.attn_norm, layer.attn_norm_bias, cfg.norm_eps) if entry is None else entry
         qkv = adapted(h, layer.qkv, layer.qkv_bias, part("qkv"), last)
         qk = qkv[..., :-1, :]
         if cfg.qk_norm:
@@ -258,7 +259,8 @@ def forward(
     marks: tuple[Array, Array] | None = None,
     remat: str = "none",
     dtype=None,
-) -> tuple[Array, tuple]:
+    taps: tuple[int, ...] = (),
+) -> tuple[Array, ...]:
     """Run the decoder over tokens [B, T] at positions [B, T].
 
     mask: which of this call's tokens each one sees, bool [T, T] or [B, T, T]; None is causal, and inside its own
@@ -273,8 +275,10 @@ def forward(
     marks: (embeddings [J, D], depth int32[B, T]): what enters where depth is above 0, in place of the token's.
     remat: what the backward pass of stacked layers recomputes, see TrainConfig.
     dtype: of what stands between products, the residual stream; None: that of the weights.
+    taps: layers whose input is wanted too, L for what leaves the last one.
 
-    Returns (hidden [B, T, D] after the final norm, new k, v); `unembed` turns hidden rows into logits.
+    Returns (hidden [B, T, D] after the final norm, new k, v); `unembed` turns hidden rows into logits. With taps a
+    third: what enters these layers, side by side [B, T, len(taps) * D].
     Raises InputError for an argument of another shape.
     """
     keys = f"float[B, {cfg.kv_heads}, S, {cfg.head_dim}]"
@@ -316,18 +320,29 @@ def forward(
         if cache is not None:
             raise ValueError("stacked layers run without a cache; unstack_layers gives the form for decoding")
 
-        def scanned(x, layer_adapter):
-            return block(cfg, layer_adapter[0], x, cos, sin, attend, layer_adapter[1], last)
+        def scanned(carry, of_layer):
+            (x, tapped), (layer, layer_adapter, i) = carry, of_layer
+            tapped = tuple(jnp.where(i == tap, x, old) for tap, old in zip(taps, tapped, strict=True))
+            x, kv = block(cfg, layer, x, cos, sin, attend, layer_adapter, last)
+            return (x, tapped), kv
 
-        x, new = jax.lax.scan(REMAT[remat](scanned), x, (params.layers, adapter))
-        return final_norm(params, cfg, x), new
+        start, layers = (x, (x,) * len(taps)), (params.layers, adapter, jnp.arange(cfg.layers))
+        (x, tapped), new = jax.lax.scan(REMAT[remat](scanned), start, layers)
+        tapped = [x if tap == cfg.layers else kept for tap, kept in zip(taps, tapped, strict=True)]
+        return final_norm(params, cfg, x), new, *_joined(tapped)
 
-    new = []
+    new, entered = [], []
     for i, layer in enumerate(params.layers):
+        entered.append(x)
         past = {} if cache is None else {"cached": (cache.k[i], cache.v[i]), "length": cache.length, "oldest": oldest}
         x, kv = block(cfg, layer, x, cos, sin, partial(attend, **past), adapter and adapter[i], last)
         new.append(kv)
-    return final_norm(params, cfg, x), tuple(new)
+    entered.append(x)
+    return final_norm(params, cfg, x), tuple(new), *_joined([entered[tap] for tap in taps])
+
+
+def _joined(tapped: list[Array]) -> list[Array]:
+    return [jnp.concatenate(tapped, axis=-1)] if tapped else []
 
 
 @jax.named_scope("unembed")

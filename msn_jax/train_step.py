@@ -199,6 +199,8 @@ def loss_settings(cfg: ModelConfig, run: RunConfig) -> tuple[NoiseConfig, jnp.dt
     """(noise with the model's vocabulary, dtype of products, other settings of a loss) of a run."""
     noise = dataclasses.replace(run.noise, vocab_size=cfg.vocab_size)
     settings = {"head_chunk": run.train.head_chunk, "dtype": run.train.activation_dtype}
+    if run.heads.kind == "eagle":
+        settings["steps"] = run.heads.count
     return noise, jnp.dtype(run.train.dtype), settings
 
 

@@ -123,7 +123,7 @@ def test_heads_are_stored_and_belong_to_a_shape(tmp_path, tiny, heads, smollm2):
         load_adapter(tmp_path / "heads", smollm2.cfg)
     path = tmp_path / "heads/adapter_config.json"
     path.write_text(json.dumps({"base": "base", "kind": "hydra"}))
-    with pytest.raises(InputError, match="is of the kind 'hydra'; accepted: medusa, ngrams"):
+    with pytest.raises(InputError, match="is of the kind 'hydra'; accepted: medusa, eagle, ngrams"):
         load_adapter(tmp_path / "heads", tiny[0])
 
 

@@ -20,6 +20,7 @@ from safetensors.numpy import save
 
 from msn_jax.adapters import Marked, declare_adapter
 from msn_jax.config import LINEAR_MAPS, LoraConfig
+from msn_jax.eagle import EagleHead, declare_eagle
 from msn_jax.errors import InputError, warn
 from msn_jax.heads import MedusaHeads, declare_heads
 from msn_jax.io import peft
@@ -36,7 +37,7 @@ _SCALE = ".scale"  # of a tensor stored in int8: what a row's numbers are multip
 
 def save_adapter(
     folder: str | Path,
-    adapter: Layer | DraftAdapter | Marked | MedusaHeads | NgramTable,
+    adapter: Layer | DraftAdapter | Marked | MedusaHeads | EagleHead | NgramTable,
     lora: LoraConfig,
     base: str,
     trained_on: dict[str, Any] | None = None,
@@ -48,8 +49,10 @@ def save_adapter(
     """
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(adapter, MedusaHeads | NgramTable):
-        kind = "medusa" if isinstance(adapter, MedusaHeads) else "ngrams"
+    if isinstance(adapter, EagleHead):
+        adapter = adapter.replace(vocabulary=adapter.ids)
+    kinds = {"medusa": MedusaHeads, "eagle": EagleHead, "ngrams": NgramTable}
+    if kind := next((name for name, of in kinds.items() if isinstance(adapter, of)), None):
         stored = lambda x: x.astype(np.float16) if x.dtype == np.float32 else x
         tensors = {name: stored(np.asarray(tensor)) for name, tensor in vars(adapter).items()}
         return _write(folder, tensors, {"base": base, "kind": kind} | (trained_on or {}))
@@ -154,7 +157,9 @@ def _settings(adapter: Path) -> dict[str, Any]:
     return settings
 
 
-def load_adapter(adapter: str | Path, cfg: ModelConfig) -> Layer | DraftAdapter | Marked | MedusaHeads | NgramTable:
+def load_adapter(
+    adapter: str | Path, cfg: ModelConfig
+) -> Layer | DraftAdapter | Marked | MedusaHeads | EagleHead | NgramTable:
     """Read what `save_adapter` or PEFT wrote, for a model of this shape; stacked float32.
 
     Raises InputError for what holds no adapter, or one of another shape (the tensor is named).
@@ -167,8 +172,8 @@ def load_adapter(adapter: str | Path, cfg: ModelConfig) -> Layer | DraftAdapter 
     for name in ("base_norms", "base_sample"):
         settings.pop(name, None)
     kind = settings.pop("kind", None)
-    if kind not in (None, "medusa", "ngrams"):
-        raise InputError(f"adapter {folder}: is of the kind {kind!r}; accepted: medusa, ngrams, or none for noise")
+    if kind not in (None, "medusa", "eagle", "ngrams"):
+        raise InputError(f"adapter {folder}: is of the kind {kind!r}; accepted: medusa, eagle, ngrams, none for noise")
     try:
         lora = LoraConfig(**({} if kind else settings))
         file = safe_open(path, framework="numpy")
@@ -194,6 +199,12 @@ def load_adapter(adapter: str | Path, cfg: ModelConfig) -> Layer | DraftAdapter 
                 f"adapter {folder}: n-grams of another vocabulary than this model's {cfg.vocab_size} tokens"
             )
         return NgramTable(jnp.asarray(keys), jnp.asarray(ranked))
+    if kind == "eagle":
+        specs = declare_eagle(cfg, shapes.get("vocabulary", (0,))[0])
+        head = EagleHead(**{name: read(name, spec) for name, spec in vars(specs).items()})
+        if len(head.ids) and not 0 <= head.ids.min() <= head.ids.max() < cfg.vocab_size:
+            raise InputError(f"adapter {folder}: drafts tokens beyond this model's vocabulary of {cfg.vocab_size}")
+        return head
     if kind:
         specs = declare_heads(cfg, shapes.get("bias", (0,))[0])
         return MedusaHeads(weight=read("weight", specs.weight), bias=read("bias", specs.bias))

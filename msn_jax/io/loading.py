@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from msn_jax.adapters import Marked, declare_trained, merge
+from msn_jax.eagle import EagleDrafter, EagleHead, drafter_of
 from msn_jax.errors import InputError, named, warn
 from msn_jax.heads import MedusaHeads
 from msn_jax.io import gguf, hf, run_dir, tokenizer
@@ -60,6 +61,7 @@ class LM:
     stop_ids: tuple[int, ...]  # every id that ends a reply
     drafter: DraftAdapter | None = None  # predicts at noise positions; replies are those of `params` alone
     heads: MedusaHeads | None = None  # predict from the last hidden state
+    eagle: EagleDrafter | None = None  # drafts from what the model made of each token
     ngrams: NgramTable | None = None  # of its own earlier replies
     draft: LM | None = None  # a smaller model that drafts
     mesh: Mesh | None = None  # that the weights are spread over; None: they lie on one device
@@ -70,6 +72,7 @@ class LM:
         count = sum(p.size for p in jax.tree.leaves(self.params))
         drafter = ", with a draft-only adapter" if self.drafter is not None else ""
         drafter += ", with Medusa heads" if self.heads is not None else ""
+        drafter += ", with an EAGLE head" if self.eagle is not None else ""
         drafter += ", with n-grams" if self.ngrams is not None else ""
         drafter += f", drafts by {self.draft.name}" if self.draft is not None else ""
         return f"LM({self.name!r}: {count:,} parameters, {self.dtype} on {self.backend}{drafter})"
@@ -130,7 +133,7 @@ def load(
         check_mesh(mesh)
     read = partial(_load_run if run_dir.is_run(ckpt) else _load_opened, str(ckpt), mesh=mesh)
 
-    def checked(lm: LM, found: Path) -> Layer | DraftAdapter | Marked | MedusaHeads | NgramTable:
+    def checked(lm: LM, found: Path) -> Layer | DraftAdapter | Marked | MedusaHeads | EagleHead | NgramTable:
         weights = load_adapter(found, lm.cfg)
         check_base(found, lm.params, lm.name)
         return weights
@@ -184,7 +187,7 @@ def _load_adapted(read: Callable[..., LM], dtype, adapter_of: Callable) -> LM:
     """read(dtype) with adapter_of(it). An adapter is merged before the weights are rounded to int8."""
     lm = read(dtype=dtype)
     adapter = adapter_of(lm)
-    if jnp.dtype(dtype) != jnp.int8 or isinstance(adapter, DraftAdapter | MedusaHeads | NgramTable):
+    if jnp.dtype(dtype) != jnp.int8 or isinstance(adapter, DraftAdapter | MedusaHeads | EagleHead | NgramTable):
         return _adapted(lm, adapter)
     del lm
     lm = _adapted(read(dtype=jnp.bfloat16), adapter)
@@ -223,12 +226,14 @@ def _load_run(folder: str, dtype, mesh: Mesh | None) -> LM:
     return lm if marks is None else _adapted(lm, marks)
 
 
-def _adapted(lm: LM, adapter: Layer | DraftAdapter | Marked | MedusaHeads | NgramTable) -> LM:
+def _adapted(lm: LM, adapter: Layer | DraftAdapter | Marked | MedusaHeads | EagleHead | NgramTable) -> LM:
     match adapter:
         case NgramTable():
             return dataclasses.replace(lm, ngrams=adapter)
         case MedusaHeads():
             return dataclasses.replace(lm, heads=jax.tree.map(lambda a: jnp.asarray(a, lm.dtype), adapter))
+        case EagleHead():
+            return dataclasses.replace(lm, eagle=drafter_of(adapter, lm.params, lm.cfg, lm.dtype))
         case DraftAdapter(layers, noise_embed):
             drafter = DraftAdapter(layers and unstack(layers), noise_embed)
             return dataclasses.replace(lm, drafter=jax.tree.map(lambda a: jnp.asarray(a, lm.dtype), drafter))
