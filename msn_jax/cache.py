@@ -25,6 +25,9 @@ class KVCache:
     k: tuple[Array, ...]  # L arrays of [B, K, S, H]
     v: tuple[Array, ...]  # L arrays of [B, K, S, H]
     length: Array  # int32[B]: slots at and above it are unspecified and never read
+    # What entered the layers `taps` at each token (see model.forward), where a source of drafts reads it; F their sum.
+    features: Array | None = None  # [B, 1, S, F]
+    taps: tuple[int, ...] = struct.field(default=(), pytree_node=False)
 
 
 def cache_spec(cfg: ModelConfig, batch: int, slots: int) -> KVCache:
@@ -33,15 +36,21 @@ def cache_spec(cfg: ModelConfig, batch: int, slots: int) -> KVCache:
     return KVCache(k=(kv,) * cfg.layers, v=(kv,) * cfg.layers, length=ArraySpec((batch,), ("batch",)))
 
 
-def init_cache(cfg: ModelConfig, batch: int, slots: int, dtype=jnp.float32) -> KVCache:
-    """An empty cache."""
+def init_cache(cfg: ModelConfig, batch: int, slots: int, dtype=jnp.float32, taps: tuple[int, ...] = ()) -> KVCache:
+    """An empty cache. taps: layers whose inputs it keeps too."""
     shape = (batch, cfg.kv_heads, slots, cfg.head_dim)
     kv = lambda: tuple(constrain(jnp.zeros(shape, dtype), "batch", "kv_heads", None, None) for _ in range(cfg.layers))
-    return KVCache(k=kv(), v=kv(), length=jnp.zeros(batch, jnp.int32))
+    features = None
+    if taps:
+        features = constrain(jnp.zeros((batch, 1, slots, len(taps) * cfg.embed), dtype), "batch", None, None, None)
+    return KVCache(k=kv(), v=kv(), length=jnp.zeros(batch, jnp.int32), features=features, taps=taps)
 
 
-def write_cache(cache: KVCache, new: tuple[tuple[Array, Array], ...], length: Array) -> KVCache:
-    """Store `new` (per layer k, v [B, K, E, H]) at slots length[b] .. length[b] + E - 1; lengths stay.
+def write_cache(
+    cache: KVCache, new: tuple[tuple[Array, Array], ...], length: Array, features: Array | None = None
+) -> KVCache:
+    """Store `new` (per layer k, v [B, K, E, H]) and features [B, E, F] at slots length[b] .. length[b] + E - 1; lengths
+    stay.
 
     The slots must exist: an update that would pass the end is moved back by XLA, over earlier tokens.
     """
@@ -66,7 +75,8 @@ def write_cache(cache: KVCache, new: tuple[tuple[Array, Array], ...], length: Ar
         return kernels.on_cpu(rows, kernels.store_rows, xla, old, kv.astype(old.dtype), length)
 
     k, v = zip(*new, strict=True)
-    return cache.replace(k=jax.tree.map(store, cache.k, k), v=jax.tree.map(store, cache.v, v))
+    kept = None if features is None else store(cache.features, features[:, None])
+    return cache.replace(k=jax.tree.map(store, cache.k, k), v=jax.tree.map(store, cache.v, v), features=kept)
 
 
 def waiting_for(value: Array, slots: Array) -> Array:

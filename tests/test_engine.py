@@ -7,6 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from msn_jax.decode.engine import Engine
 from msn_jax.decode.request import Request
 from msn_jax.decode.sources.recycling import RANKS
 from msn_jax.decode.tree_sets import METHODS
+from msn_jax.eagle import drafter_of, init_eagle
 from msn_jax.heads import init_heads
 from msn_jax.io.loading import draft_of
 from msn_jax.ngrams import make_table
@@ -65,6 +67,8 @@ def stopping(tiny_lm):
     usual = [r.tokens[-1] for r in decoded(tiny_lm, requests(lambda _: GREEDY), method="ar")]
     own = {"heads": init_heads(tiny_lm.cfg, 3), "ngrams": make_table([([5], usual)], 97, 1, 16)[0]}
     own["draft"] = draft_of(tiny_lm, 1, jnp.float32)
+    head = init_eagle(jax.random.key(0), tiny_lm.cfg, 60)
+    own["eagle"] = drafter_of(head, tiny_lm.params, tiny_lm.cfg, jnp.float32)
     return dataclasses.replace(tiny_lm, stop_ids=(usual[1], usual[4]), **own)
 
 

@@ -112,16 +112,21 @@ def test_noise_under_a_node_or_above_it_predicts_ahead():
 def test_default_trees_have_no_more_noise_than_the_adapter(known):
     adapter = SimpleNamespace(noise_embed=np.zeros((known, 4)))
     for backend, method, batch in product(("cpu", "gpu", "tpu"), METHODS, (1, 4)):
-        if method in ("medusa", "draft-model"):
+        if method in ("medusa", "draft-model", "eagle"):
             continue
-        lm = SimpleNamespace(name="tiny", backend=backend, drafter=adapter, heads=None, ngrams=NGRAMS)
+        lm = SimpleNamespace(name="tiny", backend=backend, drafter=adapter, heads=None, eagle=None, ngrams=NGRAMS)
         trees = trees_of(lm, method, None, batch).trees
         assert max(tree.noise_depth.max() for tree in trees) <= known, (backend, method, batch)
 
 
 def test_a_tree_with_too_much_noise_for_the_adapter_is_refused():
     lm = SimpleNamespace(
-        name="tiny", backend="cpu", drafter=SimpleNamespace(noise_embed=np.zeros((2, 4))), heads=None, ngrams=None
+        name="tiny",
+        backend="cpu",
+        drafter=SimpleNamespace(noise_embed=np.zeros((2, 4))),
+        heads=None,
+        eagle=None,
+        ngrams=None,
     )
     with pytest.raises(InputError, match=r"'ahead8' has 3 noise tokens in a row.*up to 2"):
         trees_of(lm, "jacobi", "ahead8", 1)

@@ -18,7 +18,7 @@ PROMPTS = [np.random.default_rng(n).integers(0, 61, n).tolist() for n in (3, 9, 
 @pytest.fixture
 def lm(tiny):
     cfg, params = tiny
-    nothing = {"drafter": None, "heads": None, "ngrams": None, "draft": None}
+    nothing = {"drafter": None, "heads": None, "eagle": None, "ngrams": None, "draft": None}
     return SimpleNamespace(
         cfg=cfg, params=params, stop_ids=(), dtype=jnp.float32, backend="cpu", name="tiny", **nothing
     )

@@ -24,8 +24,9 @@ from msn_jax.decode import loop, seats
 from msn_jax.decode.request import Request
 from msn_jax.decode.sources import drafters, sources_of
 from msn_jax.decode.sources.draft_model import DraftModel
+from msn_jax.decode.sources.eagle import Eagle
 from msn_jax.decode.stops import tokens_until_stop
-from msn_jax.decode.tree import DRAFT_MODEL, MEDUSA, NGRAMS, TreeSet
+from msn_jax.decode.tree import DRAFT_MODEL, EAGLE, MEDUSA, NGRAMS, TreeSet
 from msn_jax.decode.tree_sets import tree_set
 from msn_jax.errors import InputError
 from msn_jax.io.loading import LM
@@ -361,10 +362,11 @@ def trees_of(lm: LM, method: str, tree: str | None, batch_size: int) -> TreeSet:
             f"tree {trees.name!r} asks for {ahead} Medusa heads; {lm.name} has {have}; "
             "accepted: --adapter with a directory of as many"
         )
-    if NGRAMS in trees.names and lm.ngrams is None:
-        raise InputError(
-            f"tree {trees.name!r} drafts from n-grams, and {lm.name} has none; accepted: --adapter with some"
-        )
+    for name, own, what in ((NGRAMS, lm.ngrams, "from n-grams"), (EAGLE, lm.eagle, "by EAGLE heads")):
+        if name in trees.names and own is None:
+            raise InputError(
+                f"tree {trees.name!r} drafts {what}, and {lm.name} has none; accepted: --adapter with some"
+            )
     if DRAFT_MODEL in trees.names:
         if lm.draft is None:
             raise InputError(
@@ -373,6 +375,8 @@ def trees_of(lm: LM, method: str, tree: str | None, batch_size: int) -> TreeSet:
             )
         small = DraftModel(lm.draft.cfg, lm.draft.dtype, lm.draft.activations)
         trees = dataclasses.replace(trees, sources=(*trees.sources, small))
+    if EAGLE in trees.names:
+        trees = dataclasses.replace(trees, sources=(*trees.sources, Eagle(lm.dtype, lm.activations)))
     if lm.drafter is None:
         return trees
     depths, known = max(int(spec.noise_depth.max()) for spec in trees.trees), len(lm.drafter.noise_embed)

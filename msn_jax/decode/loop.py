@@ -20,7 +20,7 @@ from msn_jax.cache import KVCache, init_cache, waiting_for, write_cache
 from msn_jax.config import DecodeConfig
 from msn_jax.decode import verify
 from msn_jax.decode.source import Seen, Text, Weights, ask, fill
-from msn_jax.decode.sources import Drafter, sources_of, weights_of
+from msn_jax.decode.sources import Drafter, sources_of, taps_of, weights_of
 from msn_jax.decode.tree import TreeSet, TreeSpec
 from msn_jax.errors import InputError
 from msn_jax.linear import activation_dtype
@@ -69,6 +69,7 @@ class PassResult:
     """What a tree pass leaves for commit. E is that of the tree set, whichever tree ran."""
 
     kv: tuple  # per layer k, v [B, K, E, H] of the best path
+    features: tuple  # [B, E, F] of the best path, where the cache keeps some
     emitted: Array  # int32[B, E]
     count: Array  # int32[B]: how many of them hold
     news: dict[str, Any]  # what each source is to remember
@@ -123,7 +124,7 @@ def init_state(
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     stops = np.full(MAX_STOP_IDS, -1, np.int32)
     stops[: len(stop_ids)] = stop_ids
-    cache = init_cache(cfg, B, slots, dtype)
+    cache = init_cache(cfg, B, slots, dtype, taps_of(trees, cfg))
     return DecodeState(
         tokens=jnp.asarray(tokens),
         cache=cache.replace(length=jnp.asarray(lengths - 1)),
@@ -169,8 +170,9 @@ def prefill_chunk(
     part = jax.lax.dynamic_slice_in_dim(tokens, start, chunk, axis=1)
     positions = jnp.broadcast_to(start + jnp.arange(chunk), part.shape)
     starts = jnp.full(B, start, jnp.int32)
-    _, new = forward(params, cfg, part, positions, None, cache.replace(length=starts), dtype=dtype)
-    return write_cache(cache, new, waiting_for(new[-1][1][:, 0, 0, 0], starts))
+    alone = cache.replace(length=starts)
+    _, new, *features = forward(params, cfg, part, positions, None, alone, dtype=dtype, taps=cache.taps)
+    return write_cache(cache, new, waiting_for(new[-1][1][:, 0, 0, 0], starts), *features)
 
 
 def prefill(params: Params, state: DecodeState, *, cfg: ModelConfig, chunk: int) -> DecodeState:
@@ -187,7 +189,7 @@ def prefill(params: Params, state: DecodeState, *, cfg: ModelConfig, chunk: int)
 
 
 def text_of(state: DecodeState) -> Text:
-    return Text(state.tokens, state.cache.length, state.request, state.sampling.seed)
+    return Text(state.tokens, state.cache.length, state.request, state.sampling.seed, state.cache.features)
 
 
 def tree_pass(
@@ -212,7 +214,8 @@ def tree_pass(
     tokens = jnp.where(valid, drafted, tokens)
 
     positions = last[:, None] + tree.depth[None]
-    hidden, new = forward(params, cfg, tokens, positions, tree.ancestors, state.cache, dtype=state.activations, **added)
+    added |= {"dtype": state.activations, "taps": state.cache.taps}
+    hidden, new, *features = forward(params, cfg, tokens, positions, tree.ancestors, state.cache, **added)
     logits = unembed(params, cfg, hidden)
 
     greedy = best_token(logits)
@@ -226,6 +229,7 @@ def tree_pass(
     rows = path[:, None, :, None]
     return PassResult(
         kv=tuple((jnp.take_along_axis(k, rows, axis=2), jnp.take_along_axis(v, rows, axis=2)) for k, v in new),
+        features=tuple(jnp.take_along_axis(x, path[:, :, None], axis=1) for x in features),
         emitted=jnp.pad(emitted, ((0, 0), (0, spare))),
         count=count,
         news={s.name: s.observe(weights[s.name], state.drafts[s.name], seen, ask(trees, s)) for s in sources},
@@ -238,7 +242,7 @@ def commit(state: DecodeState, result: PassResult) -> DecodeState:
     last = state.cache.length
     kept, stopped = verify.cut(result.emitted, result.count, state.limit - last - 1, state.stop_ids)
     kept = jnp.where(state.done, 0, kept)
-    cache = write_cache(state.cache, result.kv, waiting_for(result.emitted[:, 0], last))
+    cache = write_cache(state.cache, result.kv, waiting_for(result.emitted[:, 0], last), *result.features)
     after = last[:, None] + 1 + jnp.arange(result.emitted.shape[1])[None]
     inside = jnp.arange(result.emitted.shape[1])[None] < kept[:, None]
     old = jnp.take_along_axis(state.tokens, after, axis=1)

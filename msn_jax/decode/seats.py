@@ -72,7 +72,7 @@ def _forward_row(params, cache, tokens, row, start, *, cfg, chunk, dtype):
     part = jax.lax.dynamic_slice(tokens, (row, start), (1, chunk))
     of_row = lambda kv: jax.lax.dynamic_slice_in_dim(kv, row, 1)
     alone = KVCache(jax.tree.map(of_row, cache.k), jax.tree.map(of_row, cache.v), start[None])
-    return forward(params, cfg, part, (start + jnp.arange(chunk))[None], None, alone, dtype=dtype)
+    return forward(params, cfg, part, (start + jnp.arange(chunk))[None], None, alone, dtype=dtype, taps=cache.taps)
 
 
 @partial(jax.jit, static_argnames=("cfg", "chunk", "dtype"), donate_argnames="cache")
@@ -80,7 +80,7 @@ def prefill_row(
     params: Params, cache: KVCache, tokens: Array, row: Array, start: Array, *, cfg: ModelConfig, chunk: int, dtype=None
 ) -> KVCache:
     """`loop.prefill_chunk` of one row of tokens int32[B, S]: keys and values of tokens[row, start : start + chunk]."""
-    _, new = _forward_row(params, cache, tokens, row, start, cfg=cfg, chunk=chunk, dtype=dtype)
+    _, new, *features = _forward_row(params, cache, tokens, row, start, cfg=cfg, chunk=chunk, dtype=dtype)
     at = waiting_for(new[-1][1][:, 0, 0, 0], start[None])[0]
 
     def store(old, kv):
@@ -88,7 +88,8 @@ def prefill_row(
         return constrain(written, "batch", "kv_heads", None, None)
 
     k, v = zip(*new, strict=True)
-    return cache.replace(k=jax.tree.map(store, cache.k, k), v=jax.tree.map(store, cache.v, v))
+    kept = store(cache.features, features[0][:, None]) if features else None
+    return cache.replace(k=jax.tree.map(store, cache.k, k), v=jax.tree.map(store, cache.v, v), features=kept)
 
 
 @partial(jax.jit, static_argnames=("cfg", "chunk", "dtype"))
@@ -99,7 +100,7 @@ def logprobs_row(
 
     The cache must hold the row before `start`. Returns (float32[chunk], ids int32[chunk, n], float32[chunk, n]).
     """
-    hidden, _ = _forward_row(params, cache, tokens, row, start, cfg=cfg, chunk=chunk, dtype=dtype)
+    hidden, *_ = _forward_row(params, cache, tokens, row, start, cfg=cfg, chunk=chunk, dtype=dtype)
     logprobs = jax.nn.log_softmax(unembed(params, cfg, hidden)[0], axis=-1)
     emitted = jax.lax.dynamic_slice(tokens, (row, start + 1), (1, chunk))[0]
     top, ids = jax.lax.top_k(logprobs, min(MOST_LOGPROBS, cfg.vocab_size))
@@ -148,6 +149,7 @@ def resize(state: DecodeState, *, cfg: ModelConfig, trees: TreeSet, shared: froz
     cache = state.cache.replace(
         k=jax.tree.map(kv, state.cache.k),
         v=jax.tree.map(kv, state.cache.v),
+        features=jax.tree.map(kv, state.cache.features),
         length=jnp.minimum(state.cache.length, slots - trees.width - 1),  # of rows that were done long ago
     )
     return state.replace(

@@ -39,6 +39,7 @@ class Text:
     last: Array  # int32[B]
     request: Array  # int32[B]
     seed: Array  # uint32[] or [B]
+    features: Array | None = None  # [B, 1, S, F] of tokens[: last], where a source has `taps`
 
     @property
     def root(self) -> Array:
@@ -118,6 +119,10 @@ class Source:
     name = ""
     probe = ""  # the name of its nodes that are never verified, where it has such
     by_parent = False  # whether candidates depend on the tokens above them: then a tree is drafted depth by depth
+
+    def taps(self, cfg: ModelConfig) -> tuple[int, ...]:
+        """Layers of the model whose inputs it reads, as `features` of the text; none: it pays nothing for them."""
+        return ()
 
     def init(self, cfg: ModelConfig, ask: Ask, batch: int, slots: int) -> Any:
         """The carry before the first cycle."""

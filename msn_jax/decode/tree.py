@@ -20,12 +20,13 @@ LOOKAHEAD = "lookahead"  # d-th token of the `rank`-th n-gram that the pool hold
 EITHER = "either"  # short for (RETRIEVAL, 0), else (JACOBI, rank)
 NGRAMS = "ngrams"  # candidate `rank` of what came next in earlier replies
 DRAFT_MODEL = "draft-model"  # candidate `rank` of a smaller model after what stands above
+EAGLE = "eagle"  # candidate `rank` of its head after what stands above
 MEDUSA = "medusa"  # candidate `rank` of the head for d positions ahead
 # Probes are never verified; a source reads their logits. They come after all drafts.
 NOISE = "noise"  # a token of the prefix: its logits are the next pass's jacobi predictions
 WINDOW = "window"  # of lookahead: column `rank`, level d - rank
 PROBES = (NOISE, WINDOW)
-NAMES = (JACOBI, RETRIEVAL, RECYCLING, LOOKAHEAD, MEDUSA, NGRAMS, DRAFT_MODEL)
+NAMES = (JACOBI, RETRIEVAL, RECYCLING, LOOKAHEAD, MEDUSA, NGRAMS, DRAFT_MODEL, EAGLE)
 LONGEST_MATCH = 16  # tokens of the text's end that retrieval compares
 
 Preference = tuple[tuple[str, int], ...]  # (source, rank), the best first

@@ -5,6 +5,7 @@ from __future__ import annotations
 from msn_jax.decode import tree_file
 from msn_jax.decode.tree import (
     DRAFT_MODEL,
+    EAGLE,
     EITHER,
     JACOBI,
     LOOKAHEAD,
@@ -44,6 +45,8 @@ _DRAFT_16, _NOISE_16 = {(): 6, (0,): 2}, {(): 2, (0,): 2, (1,): 2, (0, 0): 1}
 # How often a recycled token of each rank is the next one.
 _ODDS = (0.45, 0.15, 0.08, 0.05, 0.035, 0.03, 0.025, 0.02)
 
+_EAGLE_ODDS = (0.6, 0.15, 0.07, 0.04, 0.03, 0.02, 0.015, 0.01)
+
 _ROOT = TreeSpec("root", (-1,), ((ROOT, 0),))
 _TREES = (
     _ROOT,
@@ -75,6 +78,10 @@ _TREES = (
     chain(3, DRAFT_MODEL, "model4"),
     chain(7, DRAFT_MODEL, "model8"),
     likely("model16", 15, (0.7, 0.12, 0.06, 0.03), DRAFT_MODEL),
+    chain(4, EAGLE, "eagle5"),
+    likely("eagle8", 7, _EAGLE_ODDS, EAGLE),
+    likely("eagle16", 15, _EAGLE_ODDS, EAGLE),
+    likely("eagle60", 59, _EAGLE_ODDS, EAGLE),  # as many as EAGLE-3 verifies
     likely("grams8", 7, _ODDS, NGRAMS),
     likely("grams16", 15, _ODDS, NGRAMS),
     likely("found2", 0, _ODDS, NGRAMS, retrieval=1),
@@ -114,6 +121,7 @@ _USES = {
     "medusa": (MEDUSA,),
     "ngrams": (NGRAMS,),
     "draft-model": (DRAFT_MODEL,),
+    "eagle": (EAGLE,),
     "ar": (),
 }
 METHODS = tuple(_USES)
@@ -127,6 +135,7 @@ _SMALL = {
     "medusa": "medusa8",
     "ngrams": "grams8",
     "draft-model": "model4",
+    "eagle": "eagle5",
 }
 _SMALL_DRAFT_ONLY = _SMALL | {"tr-jacobi": "draft", "jacobi": "ahead8"}
 _MIDDLE = {
@@ -138,6 +147,7 @@ _MIDDLE = {
     "medusa": "medusa16",
     "ngrams": "grams16",
     "draft-model": "model8",
+    "eagle": "eagle16",
 }
 _MIDDLE_DRAFT_ONLY = _MIDDLE | {"tr-jacobi": "ahead", "jacobi": "ahead16"}
 _LARGE = {
@@ -149,6 +159,7 @@ _LARGE = {
     "medusa": "medusa64",
     "ngrams": "grams16",
     "draft-model": "model8",
+    "eagle": "eagle60",
 }
 _LARGE_DRAFT_ONLY = _LARGE | {"tr-jacobi": "wide64", "jacobi": "ahead16"}
 

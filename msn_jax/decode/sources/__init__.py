@@ -9,7 +9,7 @@ from msn_jax.decode.sources.medusa import Medusa
 from msn_jax.decode.sources.ngrams import Ngrams
 from msn_jax.decode.sources.recycling import Recycling
 from msn_jax.decode.sources.retrieval import Retrieval
-from msn_jax.decode.tree import DRAFT_MODEL, JACOBI, MEDUSA, NGRAMS, TreeSet
+from msn_jax.decode.tree import DRAFT_MODEL, EAGLE, JACOBI, MEDUSA, NGRAMS, TreeSet
 from msn_jax.errors import InputError
 from msn_jax.model_config import ModelConfig
 from msn_jax.params import DraftAdapter, Params
@@ -23,7 +23,7 @@ Drafter = DraftAdapter | dict[str, Any]  # what sources have of their own, by na
 def drafters(lm) -> Drafter | None:
     """What the sources have of their own in a loaded LM, as `loop.run` takes it."""
     small = lm.draft and lm.draft.params
-    known = ((MEDUSA, lm.heads), (NGRAMS, lm.ngrams), (DRAFT_MODEL, small))
+    known = ((MEDUSA, lm.heads), (EAGLE, lm.eagle), (NGRAMS, lm.ngrams), (DRAFT_MODEL, small))
     others = {name: own for name, own in known if own is not None}
     return {JACOBI: lm.drafter, **others} if others else lm.drafter
 
@@ -37,6 +37,14 @@ def sources_of(trees: TreeSet) -> tuple[Source, ...]:
             f"tree {trees.name!r} names the source {min(missing)!r}; accepted: with such a Source in its `sources`"
         )
     return tuple(s for s in known if s.name in trees.names or s.probe in trees.names)
+
+
+def taps_of(trees: TreeSet, cfg: ModelConfig) -> tuple[int, ...]:
+    """Layers whose inputs the cache keeps for the sources of these trees. Raises InputError where they differ."""
+    wanted = {taps for source in sources_of(trees) if (taps := source.taps(cfg))}
+    if len(wanted) > 1:
+        raise InputError(f"tree {trees.name!r}: its sources read different layers; accepted: those of one alone")
+    return wanted.pop() if wanted else ()
 
 
 def weights_of(
