@@ -30,7 +30,8 @@ from msn_jax.records import keep_rows, run_record
 from msn_jax.terminal import run_command
 
 PLAN = Path(__file__).parent / "rivals.yaml"
-PARTS = {"noise": "drafter", "medusa": "heads", "ngrams": "ngrams"}  # the field of LM that an adapter of the plan fills
+# The field of LM that an adapter of the plan fills.
+PARTS = {"noise": "drafter", "medusa": "heads", "eagle": "eagle", "ngrams": "ngrams"}
 
 
 def load_all(plan: dict) -> tuple[LM, dict[str, int]]:

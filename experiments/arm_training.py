@@ -27,6 +27,7 @@ from msn_jax.config import (
     RunConfig,
     TrainConfig,
 )
+from msn_jax.eagle import usual_tokens
 from msn_jax.io.adapters import save_adapter
 from msn_jax.objectives.scores import metrics_of
 
@@ -34,6 +35,7 @@ INLINE = NoiseConfig(length=4, density=0.4)
 BESIDE = NoiseConfig(length=4, layout="beside", anchors=48)
 DRAFT = re.compile(r"draft-r(\d+)(-int8)?(-l1|-overlap)?(?:-n(\d))?")
 MEDUSA = re.compile(r"medusa-(\d+)")
+EAGLE = re.compile(r"eagle(?:-(\d+))?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +91,15 @@ def parse_arm(text: str, rows: int) -> Arm:
     if found := MEDUSA.fullmatch(name):
         noise, heads = NoiseConfig(kind="none", decay=0.8), HeadsConfig(kind="medusa", count=int(found[1]))
         return Arm(text, noise, LoraConfig(), 2e-3, steps, wide, heads)
+    if found := EAGLE.fullmatch(name):
+        heads = HeadsConfig(kind="eagle", count=5, vocabulary=int(found[1] or 8192))
+        return Arm(text, NoiseConfig(kind="none", decay=0.8), LoraConfig(), 1e-3, steps, wide, heads)
     layout, *options = name.split("-")
     known = {"plain": NoiseConfig(kind="none", length=4), "inline": INLINE, "beside": BESIDE}
     if layout not in known or set(options) - {"marked", "model"}:
         raise InputError(
-            f"--arms {text}: accepted: draft-rRANK, medusa-HEADS, plain, inline, beside, inline-marked, beside-marked"
+            f"--arms {text}: accepted: draft-rRANK, medusa-HEADS, eagle, plain, inline, beside, inline-marked, "
+            "beside-marked"
         )
     noise = dataclasses.replace(
         known[layout], mark="marked" in options, target="model" if "model" in options else "label"
@@ -171,6 +177,11 @@ class Trainer:
         """Train from the start of a seed, for the arm's steps or the time. Returns (what was trained, figures)."""
         key, total = jax.random.key(seed), self.arm.steps
         state = self.programs.fresh(key)
+        if self.arm.heads.kind == "eagle":
+            seen = {name: np.asarray(self.rows[name][: self.count]) for name in ("tokens", "response")}
+            size = len(state.params.vocabulary)
+            ids = usual_tokens([seen["tokens"][seen["response"]]], self.args.cfg.vocab_size, size)
+            state = state.replace(params=state.params.replace(vocabulary=jnp.asarray(ids)))
         rng, count, dispatch = np.random.default_rng(seed), self.count, self.args.dispatch
         order, losses = np.zeros(0, np.int64), []
         begin = saved = time.perf_counter()

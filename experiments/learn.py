@@ -3,9 +3,9 @@
     python -m experiments.learn --ckpt CKPT --prompts A.jsonl --tuning B.jsonl --questions Q.jsonl --out OUT \
       --arms plain,inline,inline-marked,beside,beside-marked,draft-r28,draft-r48-int8 --seconds 300
 
-Arms: draft-rRANK[-int8][-l1|-overlap][-nLENGTH] (draft-only adapters) and medusa-HEADS learn the model's own replies
-to --prompts; plain, inline[-marked] and beside[-marked][-model] are LoRA runs of rank 16 on --tuning, as the arms of
-evidence.yaml.
+Arms: draft-rRANK[-int8][-l1|-overlap][-nLENGTH] (draft-only adapters), medusa-HEADS and eagle[-VOCABULARY] learn the
+model's own replies to --prompts; plain, inline[-marked] and beside[-marked][-model] are LoRA runs of rank 16 on
+--tuning, as the arms of evidence.yaml.
 ARM@STEPSxROWS trains that long; draft arms without it share what is left of --seconds. Arms with steps come first.
 Each arm's adapter and figures are in --out as soon as it is done: OUT/ARM-seedS/, OUT/learn.jsonl.
 """
@@ -43,7 +43,7 @@ from msn_jax.terminal import run_command
 def plan(arm: Arm, args: argparse.Namespace) -> dict[str, str]:
     """What an arm is measured with, by dtype."""
     if arm.heads.kind:
-        return {args.dtype: args.medusa_methods}
+        return {args.dtype: {"medusa": args.medusa_methods, "eagle": args.eagle_methods}[arm.heads.kind]}
     if not arm.lora.draft_only:
         return {args.dtype: args.marked_methods if arm.noise.mark else args.methods}
     methods = {args.dtype: args.draft_methods}
@@ -82,6 +82,7 @@ def main() -> None:
     p.add_argument("--marked_methods", default="jacobi:draft13,tr-jacobi:draft13mix")
     p.add_argument("--draft_methods", default="jacobi:draft13,tr-jacobi:draft13mix")
     p.add_argument("--medusa_methods", default="medusa:medusa16")
+    p.add_argument("--eagle_methods", default="eagle:eagle8,eagle:eagle16")
     p.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     p.add_argument("--activations", choices=("float32", "bfloat16"), help="of training; else each arm has its own")
     p.add_argument("--remat", default="none", choices=("full", "dots", "none"))

@@ -16,6 +16,7 @@ from msn_jax.adapters import Marked, merge
 from msn_jax.answers import repeated_4grams
 from msn_jax.decode.generate import generate_batches
 from msn_jax.decode.prompts import encode
+from msn_jax.eagle import EagleHead, drafter_of
 from msn_jax.heads import MedusaHeads
 from msn_jax.io.loading import LM
 from msn_jax.params import DraftAdapter, unstack
@@ -24,6 +25,9 @@ from msn_jax.params import DraftAdapter, unstack
 def with_trained(lm: LM, trained: Any, dtype: str) -> LM:
     """The model as it decodes with what was trained beside its float32 weights, in a dtype."""
     drafter, heads, trained = None, None, jax.tree.map(np.asarray, trained)  # off whatever devices it was trained on
+    if isinstance(trained, EagleHead):
+        params = jax.tree.map(lambda x: jnp.asarray(x, dtype), lm.params)
+        return dataclasses.replace(lm, params=params, eagle=drafter_of(trained, params, lm.cfg, dtype))
     if isinstance(trained, MedusaHeads):
         heads = trained
     elif isinstance(trained, DraftAdapter):
@@ -44,7 +48,7 @@ def measure(lm: LM, questions: list[dict], methods: str, max_new_tokens: int) ->
     for method in methods.split(","):
         config = dataclasses.replace(parse_method(method, base), batch_size=len(prompts))
         # One program of plain decoding for all arms.
-        model = dataclasses.replace(lm, drafter=None, heads=None) if config.method == "ar" else lm
+        model = dataclasses.replace(lm, drafter=None, heads=None, eagle=None) if config.method == "ar" else lm
         (results,) = generate_batches(model, prompts, config)
         plain = plain or results
         for question, result in zip(questions, results, strict=True):

@@ -19,14 +19,17 @@ from msn_jax.params import stack_layers
 SIZE, STEPS = 40, 3
 
 
-@pytest.fixture(scope="module")
-def head(tiny):
+def random_head(cfg):
     """Far from where training starts, so that every part of it counts."""
-    cfg, _ = tiny
     rng = np.random.default_rng(0)
     shaken = lambda w: w + 0.3 * rng.standard_normal(w.shape, np.float32)
     ids = np.sort(rng.permutation(cfg.vocab_size)[:SIZE]).astype(np.float32)
     return jax.tree.map(shaken, init_eagle(jax.random.key(3), cfg, SIZE)).replace(vocabulary=jnp.asarray(ids))
+
+
+@pytest.fixture(scope="module")
+def head(tiny):
+    return random_head(tiny[0])
 
 
 def rms(x, scale, eps):

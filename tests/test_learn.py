@@ -47,11 +47,14 @@ def test_arms_by_name():
     assert (draft.steps, draft.rows) == (None, 32) and parse_arm("plain", 32).rows == 8
     heads = parse_arm("medusa-4", rows=32)
     assert heads.drafts and (heads.heads.count, heads.noise.kind, heads.lora.rank) == (4, "none", 0)
+    heads = parse_arm("eagle-16384@40x8", rows=32)
+    assert heads.drafts and (heads.heads.kind, heads.heads.vocabulary, heads.steps) == ("eagle", 16384, 40)
+    assert parse_arm("eagle", 32).heads.vocabulary == 8192
     with pytest.raises(InputError, match="--arms sideways: accepted"):
         parse_arm("sideways", 32)
 
 
-@pytest.mark.parametrize("name", ["beside-marked@4x2", "draft-r2@4x2", "medusa-3@4x2"])
+@pytest.mark.parametrize("name", ["beside-marked@4x2", "draft-r2@4x2", "medusa-3@4x2", "eagle-20@4x2"])
 def test_a_dispatch_is_so_many_steps(one_layer, tmp_path, name):
     cfg, params = one_layer
     rng = np.random.default_rng(0)
@@ -73,6 +76,11 @@ def test_a_dispatch_is_so_many_steps(one_layer, tmp_path, name):
     schedule = lambda step: cosine(step, trainer.programs.run.train, 4.0)
     step = jax.jit(train_step.make_train_step(cfg, run, schedule=schedule))
     state = train_step.init_state(cfg, run, make_mesh(devices=jax.devices()[:1]))
+    if arm.heads.kind == "eagle":
+        replies = np.concatenate([tokens[reply] for tokens, reply in examples])
+        counts = np.bincount(replies, minlength=61)
+        assert counts[np.int64(trained.vocabulary)].sum() == np.sort(counts)[-20:].sum()
+        state = state.replace(params=state.params.replace(vocabulary=trained.vocabulary))
     order = np.concatenate([picks.permutation(6) for picks in [np.random.default_rng(3)] * 2])[:8].reshape(4, 2)
     for picked in order:
         state, _ = step(state, frozen, {name: x[picked] for name, x in rows.items()})

@@ -10,9 +10,11 @@ from benchmarks import rivals
 from msn_jax import InputError, load
 from msn_jax.config import LoraConfig
 from msn_jax.decode.tree_sets import tree_set
+from msn_jax.eagle import init_eagle
 from msn_jax.heads import init_heads
 from msn_jax.io.adapters import save_adapter
 from msn_jax.ngrams import make_table
+from msn_jax.params import declare, parameter_count
 
 pytestmark = pytest.mark.slow
 
@@ -30,6 +32,7 @@ def test_every_arm_of_the_plan_has_trees():
 def test_a_table_from_a_tiny_model(tmp_path, tiny_ckpt, monkeypatch, capsys):
     heads = jax.tree.map(lambda x: x + 0.1, init_heads(load(tiny_ckpt).cfg, 3))
     save_adapter(tmp_path / "heads", heads, LoraConfig(), "tiny")
+    save_adapter(tmp_path / "eagle", init_eagle(jax.random.key(0), load(tiny_ckpt).cfg, 20), LoraConfig(), "tiny")
     table, _ = make_table([([5], [6, 7, 8, 6, 7, 9])], 97, 1, 16)
     save_adapter(tmp_path / "ngrams", table, LoraConfig(), "tiny")
     arm = lambda method, **more: {"method": method, "what": method} | more
@@ -39,6 +42,7 @@ def test_a_table_from_a_tiny_model(tmp_path, tiny_ckpt, monkeypatch, capsys):
         "max_new_tokens": 10,
         "adapters": {
             "medusa": {"path": str(tmp_path / "heads"), "trained": "not at all"},
+            "eagle": {"path": str(tmp_path / "eagle"), "trained": "no"},
             "noise": {"path": str(tmp_path / "none"), "trained": "never"},
             "ngrams": {"path": str(tmp_path / "ngrams"), "trained": "counted"},
         },
@@ -47,6 +51,7 @@ def test_a_table_from_a_tiny_model(tmp_path, tiny_ckpt, monkeypatch, capsys):
             arm("ar"),
             arm("lookahead:lookahead15", differs="sizes"),
             arm("medusa:medusa8", needs="medusa"),
+            arm("eagle:eagle5", needs="eagle"),
             arm("draft-model:model4", needs="draft"),
             arm("ngrams:grams8", needs="ngrams"),
             arm("tr-jacobi:draft", needs="noise"),
@@ -65,13 +70,17 @@ def test_a_table_from_a_tiny_model(tmp_path, tiny_ckpt, monkeypatch, capsys):
         "ar",
         "lookahead:lookahead15",
         "medusa:medusa8",
+        "eagle:eagle5",
         "draft-model:model4",
         "ngrams:grams8",
     ]
-    assert [row["nodes"] for row in rows] == [[1], [15], [8], [4], [8]] and rows[1]["differs"] == "sizes"
-    assert [row["identical"] for row in rows] == [4] * 5 == [row["outputs"] for row in rows]
+    assert [row["nodes"] for row in rows] == [[1], [15], [8], [5], [4], [8]] and rows[1]["differs"] == "sizes"
+    assert [row["identical"] for row in rows] == [4] * 6 == [row["outputs"] for row in rows]
     cfg = load(tiny_ckpt).cfg
-    assert [row["added_bytes"] for row in rows] == [0, 0, 4 * 3 * cfg.embed * (cfg.embed + 1), 0, 16 * 4 * (4 + 2 * 8)]
+    D, layer = cfg.embed, declare(cfg).layers[0]
+    eagle = 3 * D * D + parameter_count(layer) + parameter_count(layer.qkv) + D + 20 + 20 * D
+    heads = 3 * D * (D + 1)
+    assert [row["added_bytes"] for row in rows] == [0, 0, 4 * heads, 4 * eagle, 0, 16 * 4 * (4 + 2 * 8)]
     assert "| `medusa:medusa8` | 8 |" in shown and "not at all" in shown
 
     plan["arms"] = plan["arms"][1:]
