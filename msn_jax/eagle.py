@@ -17,7 +17,7 @@ import numpy as np
 from flax import struct
 from jax import Array
 
-from msn_jax.linear import Int8Weight, take_rows
+from msn_jax.linear import Int8Weight, linear, take_rows
 from msn_jax.model import block, norm, rope_angles
 from msn_jax.model_config import ModelConfig
 from msn_jax.params import ArraySpec, Layer, Params, declare
@@ -126,12 +126,22 @@ def rows_of(params: Params, cfg: ModelConfig, ids: Array) -> Array | Int8Weight:
     return jax.tree.map(lambda a: a[ids], table) if isinstance(table, Int8Weight) else take_rows(table, ids)
 
 
+def joined(head: EagleHead, cfg: ModelConfig, features: Array) -> Array:
+    """The residual stream [B, T, D] that features [B, T, 3D] begin, each of the three behind a norm without a scale.
+
+    Published heads take them as they are; with it the layer's own part counts from the first steps on.
+    """
+    parts = features.reshape(*features.shape[:-1], 3, cfg.embed)
+    scale = jnp.ones(cfg.embed, features.dtype)
+    return linear(norm(parts, scale, None, cfg.norm_eps).reshape(features.shape), head.fc)
+
+
 def run_eagle(
     head: EagleHead, cfg: ModelConfig, tokens: Array, x: Array, positions: Array, attend: Callable
 ) -> tuple[Array, tuple[Array, Array]]:
     """One pass of the head's layer: (what it makes of each entry [B, T, D], its keys and values [B, K, T, H]).
 
-    tokens [B, T, D]: the model's embeddings; x [B, T, D]: features behind `fc`, or the output of the entry above;
+    tokens [B, T, D]: the model's embeddings; x [B, T, D]: `joined` features, or the output of the entry above;
     positions int32[B, T]; attend: see model.block. The head was cast to the dtype of products.
     """
     own = layer_config(cfg)

@@ -60,6 +60,12 @@ def entry64(head, cfg, params, token, x, position, seen):
     return x + w["down"] @ (gate / (1 + np.exp(-gate)) * up), (k, v)
 
 
+def joined64(head, cfg, features):
+    """The residual stream of features [..., 3D], each of the three normed."""
+    parts = features.reshape(*features.shape[:-1], 3, -1)
+    return rms(parts, 1.0, cfg.norm_eps).reshape(features.shape) @ np.float64(head.fc).T
+
+
 def logits64(head, cfg, params, out):
     """Of the draft vocabulary [U]."""
     return np.float64(params.embed)[np.int64(head.vocabulary)] @ rms(out, params.final_norm, cfg.norm_eps)
@@ -85,7 +91,7 @@ def test_the_loss_is_the_cross_entropy_of_each_step_against_the_model(tiny, batc
     hidden, _, features = forward(params, cfg, *row, segments=batch["segment_ids"], taps=taps(cfg))
     of_model = np.float64(unembed(params, cfg, hidden)[0])
     tokens, positions, segments, response = (np.asarray(x)[0] for x in (*row, batch["segment_ids"], batch["response"]))
-    x0 = np.float64(features[0]) @ np.float64(head.fc).T
+    x0 = joined64(head, cfg, np.float64(features[0]))
     expected, ids = np.zeros((1 + STEPS, 4)), np.int64(head.vocabulary).tolist()
     seen, inside = [], 0
     for t in range(len(tokens) - 1):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import decode_all
-from test_eagle import entry64, logits64, random_head
+from test_eagle import entry64, joined64, logits64, random_head
 from test_source import PROMPTS
 
 from msn_jax import DecodeConfig, InputError, forward
@@ -42,7 +42,7 @@ def drafted_by_hand(tree, text, given, tiny, features):
     head = random_head(cfg)
     seen, out, tokens = [], None, [text[-1], *[-1] * (tree.size - 1)]
     for t, token in enumerate(text[1:]):
-        out, kv = entry64(head, cfg, params, token, np.float64(head.fc) @ features[t], t, seen)
+        out, kv = entry64(head, cfg, params, token, joined64(head, cfg, features[t]), t, seen)
         seen.append(kv)
     outs, kept = {0: out}, {0: []}
     for node in range(1, tree.size):

@@ -15,7 +15,7 @@ from jax import Array
 
 from msn_jax.adapters import Parts
 from msn_jax.config import NoiseConfig, RunConfig
-from msn_jax.eagle import EagleHead, rows_of, run_eagle, taps
+from msn_jax.eagle import EagleHead, joined, rows_of, run_eagle, taps
 from msn_jax.linear import HIGHEST, linear
 from msn_jax.model import MASKED, REMAT, causal_attention, causal_mask, embed, final_norm, forward, unembed
 from msn_jax.model_config import ModelConfig
@@ -76,7 +76,7 @@ def unrolled(
     remat: str = "none",
 ) -> list[Array]:
     """What the head makes of every place in each step, [B, T, D]; features [B, T, 3D] of the model."""
-    x, text, chain, outs = linear(features, head.fc), None, (), []
+    x, text, chain, outs = joined(head, cfg, features), None, (), []
 
     @REMAT[remat]
     def step(x, tokens, positions, text, chain):

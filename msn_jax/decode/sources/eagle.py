@@ -18,7 +18,7 @@ from msn_jax.decode.source import Ask, At, Source, Text, Weights
 from msn_jax.decode.sources.draft_model import CHUNK
 from msn_jax.decode.sources.recycling import largest
 from msn_jax.decode.tree import EAGLE
-from msn_jax.eagle import layer_config, run_eagle, taps
+from msn_jax.eagle import joined, layer_config, run_eagle, taps
 from msn_jax.linear import linear
 from msn_jax.model import attention_over_cache, best_token, causal_mask, embed, final_norm
 from msn_jax.model_config import ModelConfig
@@ -66,7 +66,7 @@ class Eagle(Source):
             at = start[:, None] + np.arange(count)[None]
             features = jnp.take_along_axis(text.features[:, 0], at[:, :, None], axis=1).astype(self.activations)
             tokens = jnp.take_along_axis(text.tokens, jnp.minimum(at + 1, slots - 1), axis=1)
-            x, cache = linear(features, weights.own.head.fc), cache.replace(length=start)
+            x, cache = joined(weights.own.head, weights.cfg, features), cache.replace(length=start)
             out, new = self._run(weights, cache, tokens, x, at, causal_mask(count))
             cache = write_cache(cache, (new,), waiting_for(out[:, 0, 0], start))
             return cache.replace(length=jnp.minimum(start + count, most)), out
