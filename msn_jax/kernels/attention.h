@@ -15,6 +15,7 @@ namespace msn_jax {
 
 template <class T>
 struct Attention {
+  using D = Dot<T>;
   const T *q;                // [B, tokens, K, G, H]
   const T *k, *v;            // [B, K, tokens, H], of this call
   const bool* mask;          // [masks, tokens, tokens], masks 1 or B
@@ -25,18 +26,21 @@ struct Attention {
   int64_t B, tokens, K, G, H, slots, masks;
 
   static constexpr int kRows = 4;     // rows, that is query heads of tokens, that run side by side
-  static constexpr int kChunk = 16;   // rows of one part of the work
+  static constexpr int kChunk = 32;   // most rows of one part of the work
+  static constexpr int kVectors = 4;  // of keys that run side by side
   static constexpr int kBlock = 64;   // positions whose values are widened at one time
   static constexpr int kHeads = 4;    // vectors of a value that run side by side
 
-  int64_t chunks() const { return (tokens * G + kChunk - 1) / kChunk; }
+  // Of the rows that share keys and values: of like length, and two where that leaves each kRows or more.
+  int64_t chunks() const { return std::max((tokens * G + kChunk - 1) / kChunk, std::min<int64_t>(2, tokens * G / kRows)); }
+  int64_t chunk() const { return ((tokens * G + chunks() - 1) / chunks() + kRows - 1) / kRows * kRows; }
   int64_t parts() const { return B * K * chunks(); }
   int64_t wide() const { return (H + kHeads * L - 1) / (kHeads * L) * kHeads * L; }
 
   // What a part's rows see: slots first .. end - 1 of the cache, then the tokens of the call.
   void run(int64_t part) const {
     const int64_t b = part / chunks() / K, head = part / chunks() % K;
-    const int64_t top = part % chunks() * kChunk, count = std::min<int64_t>(kChunk, tokens * G - top);
+    const int64_t top = part % chunks() * chunk(), count = std::min(chunk(), tokens * G - top);
     const int64_t end = std::clamp<int64_t>(length[b], 0, slots);
     int64_t first = 0;
     if (oldest) {
@@ -49,14 +53,15 @@ struct Attention {
     const T* past_values = past_v + ((b * K + head) * slots + first) * H;
 
     auto head_of = [&](int64_t row) { return (((b * tokens + row / G) * K + head) * G + row % G) * H; };
-    std::vector<float> queries(kChunk * H), scores(kChunk * stride), out(kChunk * wide());
-    for (int64_t r = 0; r < count; ++r)
-      for (int64_t h = 0; h < H; ++h) queries[r * H + h] = to_float(q[head_of(top + r) + h]);
-    Product<T> score{past_keys, nullptr, scores.data(), count, H, cached, stride};
-    score.pack(queries.data(), {});
-    score.run(0, cached);
-    score.w = keys, score.y += cached, score.out = tokens;
-    score.run(0, tokens);
+    const int64_t packed = (H + D::kStep - 1) / D::kStep * D::kStep;
+    std::vector<float> query(H), scores(kChunk * stride), out(kChunk * wide());
+    std::vector<typename D::Packed> queries(kChunk * packed);
+    for (int64_t r = 0; r < count; ++r) {
+      for (int64_t h = 0; h < H; ++h) query[h] = to_float(q[head_of(top + r) + h]);
+      pack_row<D>(query.data(), H, &queries[r * packed]);
+    }
+    look(past_keys, past_values, cached, queries.data(), packed, count, scores.data(), stride);
+    look(keys, values, tokens, queries.data(), packed, count, scores.data() + cached, stride);
     for (int64_t r = 0; r < count; ++r) weigh(&scores[r * stride], b, (top + r) / G, first, cached, seen);
 
     const int64_t padded = (count + kRows - 1) / kRows * kRows;
@@ -70,6 +75,49 @@ struct Attention {
              padded, out.data(), totals);
     for (int64_t r = 0; r < count; ++r)
       for (int64_t h = 0; h < H; ++h) y[head_of(top + r) + h] = totals[r] == 0 ? 0 : out[r * wide() + h] / totals[r];
+  }
+
+  // The scores of `count` keys, with lanes for keys, and after them fewer than L numbers of no meaning.
+  void look(const T* keys, const T* values, int64_t count, const typename D::Packed* queries, int64_t packed, int64_t rows,
+            float* scores, int64_t stride) const {
+    const int64_t unit = 4 / sizeof(T), units = packed / unit;  // L units of a key at a time
+    std::vector<U> turned(kVectors * units);
+    for (int64_t at = 0; at < count; at += kVectors * L) {
+      const int vectors = std::min<int64_t>(kVectors, (count - at + L - 1) / L);
+      for (int j = 0; j < vectors; ++j) {
+        for (int64_t first = 0; first < units; first += L) {
+          U block[L] = {};
+          for (int64_t i = 0; i < std::min<int64_t>(L, count - at - j * L); ++i) {
+            const int64_t here = (at + j * L + i) * H + first * unit;
+            const T* from = keys + here;
+            __builtin_prefetch(from + kVectors * L * H, 0, 2);  // of the next turn, and
+            __builtin_prefetch(values + here, 0, 2);            // what `gather` reads next
+            if (first * unit + D::kStep <= H) block[i] = load<U>(from);
+            else std::memcpy(&block[i], from, (H - first * unit) * sizeof(T));
+          }
+          transpose(block);
+          for (int i = 0; i < L; ++i) turned[(first + i) * kVectors + j] = block[i];
+        }
+      }
+      for (int64_t r = 0; r < rows; r += kRows) {
+        F sums[kRows][kVectors] = {};
+        for (int64_t u = 0; u < units; ++u) {
+#pragma GCC unroll 4
+          for (int i = 0; i < kRows; ++i) {
+            const typename D::Operand x = D::spread(queries + (r + i) * packed, u);
+#pragma GCC unroll 4
+            for (int j = 0; j < kVectors; ++j)
+              sums[i][j] = D::add(sums[i][j], D::weight((const T*)&turned[u * kVectors + j]), x);
+          }
+        }
+#pragma GCC unroll 4
+        for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+          for (int j = 0; j < kVectors; ++j)  // by constants: sums that are indexed otherwise live in memory
+            if (j < vectors) store(scores + (r + i) * stride + at + j * L, sums[i][j]);
+        }
+      }
+    }
   }
 
   // A row's scores become weights, up to their sum; 0 where its token may not look.

@@ -13,31 +13,35 @@ namespace ffi = xla::ffi;
 using namespace msn_jax;
 using Any = ffi::AnyBuffer;
 
-// part(0) to part(count - 1), on the caller and on XLA's threads, whoever is free taking the next one.
+// part(0) to part(count - 1), on the caller and on XLA's threads, whoever is free taking the next one. Neighbours in time
+// are `each` apart, so that a thread goes on mostly with what it has read ahead.
 static ffi::Future run_parts(ffi::ThreadPool& pool, int64_t count, std::function<void(int64_t)> part) {
   struct Shared {
     std::function<void(int64_t)> part;
-    int64_t count;
+    int64_t count, threads, each;
     std::atomic<int64_t> next{0}, left;
     ffi::Promise done;
   };
   auto shared = std::make_shared<Shared>();
   shared->part = std::move(part);
   shared->count = count;
-  shared->left = count;
+  shared->threads = std::clamp<int64_t>(pool.num_threads(), 1, std::max<int64_t>(1, count));
+  shared->each = (count + shared->threads - 1) / shared->threads;
+  shared->left = shared->threads * shared->each;
   ffi::Future future(shared->done);
   if (count == 0) shared->done.SetAvailable();
   auto work = [shared] {
-    for (int64_t i; (i = shared->next.fetch_add(1)) < shared->count;) {
-      {
+    for (int64_t i; (i = shared->next.fetch_add(1)) < shared->threads * shared->each;) {
+      const int64_t part = i % shared->threads * shared->each + i / shared->threads;
+      if (part < shared->count) {
         FlushDenormals here;
-        shared->part(i);
+        shared->part(part);
       }
       // XLA may go on with the program inside this, on this thread.
       if (shared->left.fetch_sub(1) == 1) shared->done.SetAvailable();
     }
   };
-  for (int64_t i = std::min(pool.num_threads(), count); i > 1; --i) {
+  for (int64_t i = shared->threads; i > 1; --i) {
     auto copy = work;
     pool.Schedule(std::move(copy));
   }
@@ -101,12 +105,12 @@ static ffi::Future product_of(ffi::ThreadPool& pool, Product<W> p, const float* 
     down.pack(x, low.rows);
     down.run(0, low.rank);
     for (float& h : hidden) h *= low.scale;
-    up = {up.w, nullptr, p.y, rows, low.rank, p.out, p.out, true, low.rows};
+    up = {up.w, nullptr, p.y, rows, low.rank, p.out, true, low.rows};
     up.pack(hidden.data(), {});
   }
-  // About six parts a thread, so that none waits long for the last; each a whole number of blocks of L.
+  // About twelve parts a thread, so that none waits long for the last; each a whole number of blocks of L.
   const int64_t blocks = (p.out + L - 1) / L;
-  const int64_t each = std::max<int64_t>(1, blocks / std::max<int64_t>(1, 6 * pool.num_threads()));
+  const int64_t each = std::max<int64_t>(1, blocks / std::max<int64_t>(1, 12 * pool.num_threads()));
   const int64_t count = p.rows ? (blocks + each - 1) / each : 0;
   return run_parts(pool, count, [p = std::move(p), up = std::move(up), each](int64_t i) {
     const int64_t first = i * each * L, end = std::min(p.out, (i + 1) * each * L);

@@ -13,7 +13,7 @@
 namespace msn_jax {
 
 // How weights of type W multiply: a row of x is packed once a call, see `pack_row`; an Operand holds `kStep` of its
-// elements, or of a weight row's.
+// elements, or of a weight row's, or L times the same 4 bytes of x, a unit.
 template <class W>
 struct Dot {  // float32
   using Packed = float;
@@ -23,6 +23,7 @@ struct Dot {  // float32
   static constexpr int64_t kExact = INT64_MAX / 2;  // terms of one sum
   static void pack(const float* x, float* out) { std::memcpy(out, x, sizeof(F)); }
   static Operand row(const float* x) { return load<F>(x); }
+  static Operand spread(const float* x, int64_t unit) { return fill(x[unit]); }
   static Operand weight(const W* w) { return load<F>(w); }
   static F add(F total, Operand w, Operand x) { return fma(w, x, total); }
 };
@@ -39,6 +40,7 @@ struct Dot<bf16> {
     for (int i = 0; i < kStep; ++i) out[i] = round_bf16(x[i]);
   }
   static Operand row(const bf16* x) { return load<Operand>(x); }
+  static Operand spread(const bf16* x, int64_t unit) { return (Operand)(I{} + load<int32_t>(x + 2 * unit)); }
   static Operand weight(const bf16* w) { return load<Operand>(w); }
   static F add(F total, Operand w, Operand x) { return (F)_mm512_dpbf16_ps((__m512)total, w, x); }
 #else
@@ -53,6 +55,10 @@ struct Dot<bf16> {
     for (int i = 0; i < kStep; ++i) out[i / 2 + i % 2 * L] = to_float(round_bf16(x[i]));
   }
   static Operand row(const float* x) { return {load<F>(x), load<F>(x + L)}; }
+  static Operand spread(const float* x, int64_t unit) {
+    x += unit / L * kStep + unit % L;
+    return {fill(x[0]), fill(x[L])};
+  }
   static Operand weight(const bf16* w) {
     const U pairs = load<U>(w);  // a shift and a mask widen both halves of each
     return {(F)(pairs << 16), (F)(pairs & 0xFFFF0000)};
@@ -96,9 +102,13 @@ template <class D>
 float pack_row(const float* x, int64_t in, typename D::Packed* to) {
   if constexpr (std::is_same_v<typename D::Sum, F>) {
     for (int64_t k = 0; k < in; k += D::kStep) {
-      float step[D::kStep] = {};
-      std::memcpy(step, x + k, std::min<int64_t>(D::kStep, in - k) * sizeof(float));
-      D::pack(step, to + k);
+      if (k + D::kStep <= in) {
+        D::pack(x + k, to + k);
+        continue;
+      }
+      float last[D::kStep] = {};
+      std::memcpy(last, x + k, (in - k) * sizeof(float));
+      D::pack(last, to + k);
     }
     return 1;
   } else {
@@ -136,20 +146,24 @@ struct Product {
   using D = Dot<W>;
   const W* w;                     // [out, in]
   const float* scale;             // [out] of int8, or null
-  float* y;                       // its `out_rows` are [rows, out], one `stride` from the next
-  int64_t rows = 0, in = 0, out = 0, stride = out;
+  float* y;                       // its `out_rows` are [rows, out]
+  int64_t rows = 0, in = 0, out = 0;
   bool adds = false;              // to what y holds
   Rows out_rows = {};
   int64_t padded = 0;             // `in` up to a whole number of steps
   std::vector<typename D::Packed> x = {};  // [rows rounded up to 4, padded], zero beyond [rows, in]
-  std::vector<float> x_scale = {};         // [rows], of int8
+  std::vector<float> x_scale = {};         // [rows rounded up to 4], of int8
+  std::vector<float*> y_rows = {};         // [rows]
 
   void pack(const float* from, Rows from_rows) {
     padded = (in + D::kStep - 1) / D::kStep * D::kStep;
     x.resize((rows + 3) / 4 * 4 * padded);
-    x_scale.resize(rows);
-    for (int64_t row = 0; row < rows; ++row)
+    x_scale.resize((rows + 3) / 4 * 4);
+    y_rows.resize(rows);
+    for (int64_t row = 0; row < rows; ++row) {
       x_scale[row] = pack_row<D>(from + from_rows.at(row) * in, in, x.data() + row * padded);
+      y_rows[row] = y + out_rows.at(row) * out;
+    }
   }
 
   // The last step of a row of w, zeros beyond it.
@@ -182,9 +196,9 @@ struct Product {
         for (int i = 0; i < X; ++i) xk[i] = D::row(xs + i * padded + k);
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
-          // The rows after the next, into the second cache: a row is too short for the processor to foresee them, and
-          // in the first they would take the room of x.
-          __builtin_prefetch(ws[r] + k + 2 * R * in, 0, 2);
+          // Rows of two tiles on or more, into the second cache: a row is too short for the processor to foresee them,
+          // and in the first they would take the room of x.
+          __builtin_prefetch(ws[r] + k + std::max(2 * R, L) * in, 0, 2);
           const typename D::Operand wk = D::weight(ws[r] + k);
 #pragma GCC unroll 16
           for (int i = 0; i < X; ++i) sums[i * R + r] = D::add(sums[i * R + r], wk, xk[i]);
@@ -201,13 +215,20 @@ struct Product {
       }
       folded += to_float(fold(sums));
     } while (k < in);
-    const int64_t count = std::min<int64_t>(R, out - first);
+    if constexpr (std::is_same_v<W, int8_t>) {
+      F by;
+      for (int i = 0; i < L; ++i) by[i] = x_scale[row + i / R] * scale[std::min(first + i % R, out - 1)];
+      folded *= by;
+    }
+    float results[L];
+    store(results, folded);
     for (int i = 0; i < X && row + i < rows; ++i) {
-      float* to = y + out_rows.at(row + i) * stride + first;
-      for (int r = 0; r < count; ++r) {
-        const float sum = scale ? folded[i * R + r] * (x_scale[row + i] * scale[first + r]) : folded[i * R + r];
-        to[r] = adds ? to[r] + sum : sum;
+      float *to = y_rows[row + i] + first, *from = results + i * R;
+      if (!adds && first + R <= out) {
+        std::memcpy(to, from, R * sizeof(float));  // of a known size: one store
+        continue;
       }
+      for (int r = 0; r < std::min<int64_t>(R, out - first); ++r) to[r] = adds ? to[r] + from[r] : from[r];
     }
   }
 

@@ -44,7 +44,7 @@ inline void store(T* at, V v) {
   std::memcpy(at, &v, sizeof v);
 }
 
-inline F fill(float x) { return F{} + x; }
+inline F fill(float x) { return x - F{}; }  // (0 + x would be an addition, since it is not -0 for x = -0)
 
 // a * b + c, rounded once where the machine can.
 inline F fma(F a, F b, F c) {
@@ -123,6 +123,19 @@ inline V fold(V* a) {
   for (int i = 0; i < n; ++i) a[i] = first_halves<n>(a[i], a[i + n], kLanes) + second_halves<n>(a[i], a[i + n], kLanes);
   if constexpr (n > 1) return fold<n / 2>(a);
   return a[0];
+}
+
+// Lane i of a[l] becomes lane l of a[i].
+template <int n = L / 2, class V>
+inline void transpose(V* a) {
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) {
+    if (i & n) continue;
+    const V first = first_halves<n>(a[i], a[i + n], kLanes);
+    a[i + n] = second_halves<n>(a[i], a[i + n], kLanes);
+    a[i] = first;
+  }
+  if constexpr (n > 1) transpose<n / 2>(a);
 }
 
 // The sum of the lanes, in order.
