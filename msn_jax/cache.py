@@ -75,7 +75,7 @@ def write_cache(
         return kernels.on_cpu(rows, kernels.store_rows, xla, old, kv.astype(old.dtype), length)
 
     k, v = zip(*new, strict=True)
-    kept = None if features is None else store(cache.features, features[:, None])
+    kept = cache.features if features is None else store(cache.features, features[:, None])
     return cache.replace(k=jax.tree.map(store, cache.k, k), v=jax.tree.map(store, cache.v, v), features=kept)
 
 
