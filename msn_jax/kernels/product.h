@@ -239,8 +239,8 @@ struct Product {
       const int64_t stop = std::min(rows, top + kRows), left = (stop - top) % 4;
       for (int64_t block = first; block < end; block += L) {
         const int64_t last = std::min(end, block + L), whole = stop - (left == 3 ? 0 : left);
-        for (int64_t at = block; at < last; at += L / 4)
-          for (int64_t row = top; row < whole; row += 4) tile<4>(at, row);
+        for (int64_t row = top; row < whole; row += 4)
+          for (int64_t at = block; at < last; at += L / 4) tile<4>(at, row);
         if (left == 2)
           for (int64_t at = block; at < last; at += L / 2) tile<2>(at, whole);
         if (left == 1) tile<1>(block, whole);
