@@ -118,8 +118,7 @@ def check_flags(args: argparse.Namespace, given: list[str]) -> None:
     if args.tune and not args.tune_out:
         raise InputError("--tune measures for a file; give it with --tune_out")
     if args.tune:
-        refuse("--tune", "--method", "--tree", "--batch_size", "--max_new_tokens", "--temperature", "--draft_memory")
-        refuse("--tune", "--draft_ckpt", "--draft_layers")
+        refuse("--tune", "--tree", "--batch_size", "--max_new_tokens", "--temperature", "--draft_memory")
         refuse("--tune", "--out", "--html", "--compare", "--min_p", "--repetition_penalty", "--stop", "--logprobs")
     else:
         refuse("a run that is no --tune", "--tune_out")
@@ -276,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
         if lm.backend == "cpu":
             print(f"{args.dtype} on {kernels.describe()}", file=sys.stderr)
         if args.tune:
-            return tune_to(args.tune_out, lm, [encode(lm, row.prompt) for row in rows])
+            return tune_to(args.tune_out, lm, [encode(lm, row.prompt) for row in rows], args.method)
         with recycling.kept_table(lm, args.draft_memory) as lm:
             if args.chat:
                 return chat(lm, config, args.system)

@@ -1,16 +1,35 @@
 """Trees by measurement: the survey against the loop, and the choice from figures made by hand."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import decode_all
 
 from msn_jax import InputError
-from msn_jax.decode import TreeSet, TreeSpec, tree_file, tree_set, tune
-from msn_jax.decode.tree import JACOBI, LONGEST_MATCH, NGRAMS, NOISE, RECYCLING, RETRIEVAL, ROOT, chain
+from msn_jax.decode import tree_file, tree_set, tune
+from msn_jax.decode.tree import (
+    DRAFT_MODEL,
+    EAGLE,
+    JACOBI,
+    LONGEST_MATCH,
+    MEDUSA,
+    NGRAMS,
+    NOISE,
+    RECYCLING,
+    RETRIEVAL,
+    ROOT,
+    TreeSet,
+    TreeSpec,
+    chain,
+)
+from msn_jax.decode.tree_sets import TREE_SETS
+from msn_jax.eagle import drafter_of, init_eagle
+from msn_jax.heads import init_heads
 
 PROMPTS = [np.random.default_rng(n).integers(0, 61, n).tolist() for n in (3, 9, 30)]
 
@@ -87,8 +106,47 @@ def test_tuned_sets_are_written_and_read_back(tmp_path, lm, monkeypatch):
         assert decode_all(lm.params, lm.cfg, trees, PROMPTS, max_new_tokens=30)[1] == plain
 
 
+def test_a_file_may_say_that_no_draft_pays(tmp_path):
+    path = tmp_path / "trees.json"
+    tree_file.write(path, {1: TREE_SETS["root"]}, {})
+    assert tree_set("lookup", str(path)).width == 1
+
+
+def test_other_drafts_count_as_wrong():
+    right = CYCLES.only((RECYCLING,)).right
+    assert right[:, 1:3].sum() == 0 and (right[:, [0, 3, 4, 5]] == RIGHT[:, [0, 3, 4, 5]]).all()
+    under = tune.Cycles(
+        TreeSpec("under", (-1, 0, 1), ((ROOT, 0), (RETRIEVAL, 0), (RECYCLING, 0))), RIGHT[1:2, :3], None
+    )
+    assert under.only((RECYCLING,)).right.tolist() == [[True, False, False]]
+
+
+def some_head(lm, name):
+    """An untrained head of the source."""
+    if name == MEDUSA:
+        return {"heads": init_heads(lm.cfg, 3)}
+    if name == DRAFT_MODEL:
+        first = lm.params.replace(layers=lm.params.layers[:1])
+        small = SimpleNamespace(cfg=dataclasses.replace(lm.cfg, layers=1), params=first, dtype=lm.dtype)
+        return {"draft": SimpleNamespace(**vars(small), activations=lm.dtype)}
+    return {"eagle": drafter_of(init_eagle(jax.random.key(0), lm.cfg, 40), lm.params, lm.cfg, lm.dtype)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method,name", [("medusa", MEDUSA), ("eagle", EAGLE), ("draft-model", DRAFT_MODEL)])
+def test_trees_of_one_source_alone(lm, monkeypatch, method, name):
+    lm = SimpleNamespace(**vars(lm) | some_head(lm, name), activations=jnp.float32)
+    monkeypatch.setattr(tune, "costs", lambda lm, batch: {1: 1.0, 64: 1.0})
+    sets, figures = tune.tune(lm, PROMPTS[:2], batches=(1,), max_new_tokens=20, method=method, say=str)
+    (tree,) = sets[1].trees
+    assert figures["method"] == method and set(sets[1].names) <= {name} and tree.size > 1
+    with pytest.raises(InputError, match=f"no trees for ngrams: tiny .* accepted: tr-jacobi, lookup, {method}"):
+        tune.tune(lm, PROMPTS, method="ngrams")
+    assert tune.pass_seconds(lm, 4, 1, slots=256, cycles=2, rounds=1) > 0
+
+
 def test_with_ngrams_the_survey_asks_them_in_place_of_recycling():
-    tree = tune.survey_tree(0, ngrams=True)
+    tree = tune.survey_tree(0, NGRAMS)
     assert not tune.survey_tree(0).kind(NGRAMS).any() and not tree.kind(RECYCLING).any()
     long = [node for node, wants in enumerate(tree.wants) if wants == ((RETRIEVAL, 0), (NGRAMS, 0))]
     first = next(node for node in np.flatnonzero(tree.kind(NGRAMS)) if tree.parents[node] == 0)

@@ -22,9 +22,7 @@ import numpy as np
 from msn_jax.config import DecodeConfig
 from msn_jax.decode import loop, seats
 from msn_jax.decode.request import Request
-from msn_jax.decode.sources import drafters, sources_of
-from msn_jax.decode.sources.draft_model import DraftModel
-from msn_jax.decode.sources.eagle import Eagle
+from msn_jax.decode.sources import drafters, sources_of, with_made_sources
 from msn_jax.decode.stops import tokens_until_stop
 from msn_jax.decode.tree import DRAFT_MODEL, EAGLE, MEDUSA, NGRAMS, TreeSet
 from msn_jax.decode.tree_sets import tree_set
@@ -367,16 +365,12 @@ def trees_of(lm: LM, method: str, tree: str | None, batch_size: int) -> TreeSet:
             raise InputError(
                 f"tree {trees.name!r} drafts {what}, and {lm.name} has none; accepted: --adapter with some"
             )
-    if DRAFT_MODEL in trees.names:
-        if lm.draft is None:
-            raise InputError(
-                f"tree {trees.name!r} drafts with a smaller model, and {lm.name} has none; "
-                "accepted: --draft_ckpt or --draft_layers (draft= of load)"
-            )
-        small = DraftModel(lm.draft.cfg, lm.draft.dtype, lm.draft.activations)
-        trees = dataclasses.replace(trees, sources=(*trees.sources, small))
-    if EAGLE in trees.names:
-        trees = dataclasses.replace(trees, sources=(*trees.sources, Eagle(lm.dtype, lm.activations)))
+    if DRAFT_MODEL in trees.names and lm.draft is None:
+        raise InputError(
+            f"tree {trees.name!r} drafts with a smaller model, and {lm.name} has none; "
+            "accepted: --draft_ckpt or --draft_layers (draft= of load)"
+        )
+    trees = with_made_sources(trees, lm)
     if lm.drafter is None:
         return trees
     depths, known = max(int(spec.noise_depth.max()) for spec in trees.trees), len(lm.drafter.noise_embed)

@@ -112,7 +112,7 @@ TREE_SETS: dict[str, TreeSet] = {name: TreeSet(name, (tree,), (0,)) for name, tr
 }
 
 # What each method drafts with; None: whatever the trees name.
-_USES = {
+USES = {
     "tr-jacobi": None,
     "jacobi": (JACOBI, NOISE),
     "lookup": (RETRIEVAL,),
@@ -124,7 +124,7 @@ _USES = {
     "eagle": (EAGLE,),
     "ar": (),
 }
-METHODS = tuple(_USES)
+METHODS = tuple(USES)
 # The default trees: for passes whose cost rises with every row, rises late, hardly rises.
 _SMALL = {
     "tr-jacobi": "adaptive",
@@ -214,7 +214,7 @@ def tree_set(
         if from_file
         else TREE_SETS[name or _default(method, backend, draft_only, batch, ngrams)]
     )
-    uses = _USES[method]
+    uses = USES[method]
     if uses is None:
         return base
     if RETRIEVAL in uses:
@@ -222,7 +222,9 @@ def tree_set(
     else:
         # Without retrieval nothing chooses between trees: take the largest.
         trees, min_match = (base.trees[-1].only(*uses),), (0,)
-    if name is not None and not any((~tree.kind(ROOT, *PROBES)).any() for tree in trees):
+    drafts = lambda trees: any((~tree.kind(ROOT, *PROBES)).any() for tree in trees)
+    none_pays = from_file and not drafts(base.trees)  # was measured
+    if name is not None and not none_pays and not drafts(trees):
         raise InputError(f"tree {name!r} has no draft that the method {method!r} uses")
     return TreeSet(base.name, trees, min_match)
 

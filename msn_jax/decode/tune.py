@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -20,11 +20,14 @@ import numpy as np
 from msn_jax.config import DecodeConfig
 from msn_jax.decode import loop, tree_file
 from msn_jax.decode.source import Seen, Source
-from msn_jax.decode.sources import drafters
+from msn_jax.decode.sources import drafters, with_made_sources
 from msn_jax.decode.sources.retrieval import retrieve
 from msn_jax.decode.tree import (
+    DRAFT_MODEL,
+    EAGLE,
     JACOBI,
     LONGEST_MATCH,
+    MEDUSA,
     NGRAMS,
     NOISE,
     PROBES,
@@ -33,15 +36,17 @@ from msn_jax.decode.tree import (
     ROOT,
     TreeSet,
     TreeSpec,
-    chain,
     likely,
 )
+from msn_jax.decode.tree_sets import USES
+from msn_jax.errors import InputError
 
 BATCHES = (1, 4, 8, 32)
 NODES = (1, 2, 4, 8, 16, 32, 64)
 CHUNK = 64  # tokens of a prefill pass
 WORTHLESS = 3.5  # no tree pays for a pass that takes so many times that of one token
 FROM = (0, 1, 3, 6)  # matches from which on another tree may be taken
+ODDS = (0.45, 0.15, 0.08, 0.05, 0.035, 0.03, 0.025, 0.02)  # of candidates by rank, for the shape of a wide tree
 
 
 class Survey(Source):
@@ -68,11 +73,16 @@ class Survey(Source):
         return right.at[rows, passes].set(jnp.where(live[:, None], news, old)), passes + live.astype(jnp.int32)
 
 
-def survey_tree(depths: int, ngrams: bool = False) -> TreeSpec:
-    """Every source beside every other: a tree of recycled tokens, a long chain of the best continuation and a short one
-    of the second, each with recycled tokens under it; with an adapter for `depths` noise tokens its candidates too.
-    n-grams stand in place of recycled tokens, and in the long chain where nothing was retrieved."""
-    odds = (0.45, 0.15, 0.08, 0.05, 0.035, 0.03, 0.025, 0.02)
+def strongest(lm) -> str:
+    """The source that is asked after every token: the one that was made for this model, or recycling."""
+    known = ((EAGLE, lm.eagle), (MEDUSA, lm.heads), (DRAFT_MODEL, lm.draft), (NGRAMS, lm.ngrams))
+    return next((name for name, own in known if own is not None), RECYCLING)
+
+
+def survey_tree(depths: int, known: str = RECYCLING) -> TreeSpec:
+    """Every source beside every other: a tree of the source `known`, a long chain of the best continuation and a short
+    one of the second, each with `known` under it; with an adapter for `depths` noise tokens its candidates too.
+    n-grams stand in the long chain too, where nothing was retrieved."""
     parents, sources = [-1], [(ROOT, 0)]
 
     def hang(parent: int, *wants: tuple[str, int]) -> int:
@@ -81,14 +91,13 @@ def survey_tree(depths: int, ngrams: bool = False) -> TreeSpec:
         return len(parents) - 1
 
     # Recycling learns more from this wide tree than it would from a small one; n-grams are worth what they seem.
-    known = NGRAMS if ngrams else RECYCLING
-    tree = likely("", 64, odds, known)
+    tree = likely("", 64, ODDS, known)
     for node in range(1, tree.size):
         hang(tree.parents[node], tree.sources[node])
     for rank, length in ((0, 15), (1, 4)):
         node = 0
         for place in range(length):
-            node = hang(node, (RETRIEVAL, rank), *([(NGRAMS, 0)] if ngrams and rank == 0 else []))
+            node = hang(node, (RETRIEVAL, rank), *([(NGRAMS, 0)] if known == NGRAMS and rank == 0 else []))
             for candidate in range(2 if place < 3 else 0):
                 hang(node, (known, candidate))
     ends = [0]
@@ -119,11 +128,18 @@ class Cycles:
     right: np.ndarray  # bool[cycles, drafts]
     match: np.ndarray  # int[cycles]: the confidence of the row
 
+    def only(self, names: Iterable[str]) -> Cycles:
+        """The same where drafts of no other source were right."""
+        drafts = self.right.shape[1]
+        wrong = np.array([not {kind for kind, _ in wants} <= {*names, ROOT} for wants in self.tree.wants[:drafts]])
+        under = (self.tree.ancestors[:drafts, :drafts] & wrong).any(axis=1)
+        return dataclasses.replace(self, right=self.right & ~under)
+
 
 def survey(lm, prompts: Sequence[list[int]], max_new_tokens: int, batch: int = 4) -> Cycles:
     """Decode the prompts (token ids) greedily with the survey's tree."""
-    tree = survey_tree(0 if lm.drafter is None else len(lm.drafter.noise_embed), lm.ngrams is not None)
-    trees = TreeSet("survey", (tree,), (0,), sources=(Survey(),))
+    tree = survey_tree(0 if lm.drafter is None else len(lm.drafter.noise_embed), strongest(lm))
+    trees = with_made_sources(TreeSet("survey", (tree,), (0,), sources=(Survey(),)), lm)
     slots = loop.bucket(max(loop.slots_needed(len(p), max_new_tokens, trees.width, CHUNK) for p in prompts))
     settings = DecodeConfig(max_new_tokens=max_new_tokens)
     right, match = [], []
@@ -151,10 +167,12 @@ def _matches(tokens, roots):
 
 
 def pass_seconds(lm, nodes: int, batch: int, slots: int = 512, cycles: int = 4, rounds: int = 3) -> float:
-    """The time of one cycle with so many nodes, at half-full slots; with an adapter a quarter of them are noise."""
+    """The time of one cycle with so many nodes of the source that is asked, at half-full slots; with an adapter a
+    quarter of them are noise."""
     noise = nodes // 4 if lm.drafter is not None else 0
-    tree = chain(nodes - 1 - noise, RECYCLING, noise={place: 1 for place in range(noise)})
-    trees = TreeSet("cost", (tree,), (0,))
+    tree = likely("cost", nodes - 1 - noise, ODDS, strongest(lm))
+    tree = TreeSpec("cost", (*tree.parents, *range(noise)), (*tree.sources, *[(NOISE, 0)] * noise))
+    trees = with_made_sources(TreeSet("cost", (tree,), (0,)), lm)
     prompt = np.random.default_rng(0).integers(0, lm.cfg.vocab_size, slots // 2).tolist()
     settings = DecodeConfig(max_new_tokens=slots // 4)
     times = []
@@ -231,14 +249,16 @@ def _within(cycles: Cycles, low: int, high: int) -> np.ndarray:
     return (cycles.match >= low) & (cycles.match < high)
 
 
-def build(cycles: Cycles, seconds: dict[int, float], name: str, noise: bool) -> tuple[TreeSet, dict[str, Any]]:
-    """The set with the most tokens a second: for each range of matches a tree of its own size."""
+def build(
+    cycles: Cycles, seconds: dict[int, float], name: str, noise: bool, begins: tuple[int, ...] = FROM
+) -> tuple[TreeSet, dict[str, Any]]:
+    """The set with the most tokens a second: for each range of matches, which begin as said, a tree of its own size."""
     cost = lambda nodes: float(np.interp(nodes, list(seconds), list(seconds.values())))
     most = max(seconds)
     # A range that no cycle was in goes with the one below it.
     starts = [
         0,
-        *[low for low, high in zip(FROM[1:], [*FROM[2:], LONGEST_MATCH + 1]) if _within(cycles, low, high).any()],
+        *[low for low, high in zip(begins[1:], [*begins[2:], LONGEST_MATCH + 1]) if _within(cycles, low, high).any()],
     ]
     ends = [*starts[1:], LONGEST_MATCH + 1]
     ranges = [_within(cycles, low, high) for low, high in zip(starts, ends, strict=True)]
@@ -282,10 +302,10 @@ def candidates(cycles: Cycles) -> dict[str, float]:
     return out
 
 
-def tune_to(path: str, lm, prompts: Sequence[list[int]]) -> None:
+def tune_to(path: str, lm, prompts: Sequence[list[int]], method: str = "tr-jacobi") -> None:
     """Tune on prompts (token ids) and write the sets to a file."""
     with contextlib.nullcontext() if lm.mesh is None else jax.set_mesh(lm.mesh):
-        tree_file.write(path, *tune(lm, prompts))
+        tree_file.write(path, *tune(lm, prompts, method=method))
     print(f"wrote {path}")
 
 
@@ -295,15 +315,29 @@ def tune(
     batches: Sequence[int] = BATCHES,
     max_new_tokens: int = 64,
     say: Callable[[str], None] = print,
+    method: str = "tr-jacobi",
 ) -> tuple[dict[int, TreeSet], dict[str, Any]]:
-    """The best tree set for each batch size, and the figures behind them. prompts: token ids."""
+    """The best tree set for each batch size, and the figures behind them. prompts: token ids.
+
+    method: of which drafts the trees may be. Raises InputError for one that has none in the survey.
+    """
+    uses, asked = USES[method], {RETRIEVAL, strongest(lm), *([JACOBI] if lm.drafter is not None else [])}
+    if uses is not None and not asked & {*uses}:
+        accepted = [name for name, own in USES.items() if own is None or asked & {*own}]
+        raise InputError(
+            f"no trees for {method}: {lm.name} has not what it drafts with; accepted: {', '.join(accepted)}"
+        )
     say(f"decoding {len(prompts)} prompts with the widest tree, then timing passes of {NODES[0]} to {NODES[-1]} nodes")
     cycles = survey(lm, prompts, max_new_tokens)
+    begins, noise = FROM, lm.drafter is not None
+    if uses is not None:
+        # Without retrieval nothing chooses between trees.
+        cycles, begins, noise = cycles.only(uses), FROM if RETRIEVAL in uses else FROM[:1], noise and JACOBI in uses
     say(f"surveyed {len(cycles.match)} passes of {len(prompts)} prompts")
     sets, by_batch = {}, {}
     for batch in batches:
         seconds = costs(lm, batch)
-        sets[batch], figures = build(cycles, seconds, f"tuned{batch}", lm.drafter is not None)
+        sets[batch], figures = build(cycles, seconds, f"tuned{batch}", noise, begins)
         by_batch[batch] = {**figures, "cost_ms": {n: round(1e3 * s, 3) for n, s in seconds.items()}}
         nodes = ", ".join(map(str, figures["nodes"]))
         expected = f"{figures['tokens_a_pass']} tokens a pass, {figures['ratio_to_one_token']} of ar's speed"
@@ -313,6 +347,7 @@ def tune(
         "ckpt": lm.name,
         "device": device,
         "dtype": str(jnp.dtype(lm.dtype)),
+        "method": method,
         "prompts": len(prompts),
         "batches": by_batch,
         "right_frac": candidates(cycles),

@@ -1,8 +1,11 @@
 """The sources of drafts, one file each; source.py says what a source is."""
 
+import dataclasses
 from typing import Any
 
 from msn_jax.decode.source import Source, Weights
+from msn_jax.decode.sources.draft_model import DraftModel
+from msn_jax.decode.sources.eagle import Eagle
 from msn_jax.decode.sources.jacobi import Jacobi
 from msn_jax.decode.sources.lookahead import Lookahead
 from msn_jax.decode.sources.medusa import Medusa
@@ -26,6 +29,16 @@ def drafters(lm) -> Drafter | None:
     known = ((MEDUSA, lm.heads), (EAGLE, lm.eagle), (NGRAMS, lm.ngrams), (DRAFT_MODEL, small))
     others = {name: own for name, own in known if own is not None}
     return {JACOBI: lm.drafter, **others} if others else lm.drafter
+
+
+def with_made_sources(trees: TreeSet, lm) -> TreeSet:
+    """The trees with those of their sources that are made for one model: a smaller one that drafts, EAGLE's head."""
+    made = []
+    if DRAFT_MODEL in trees.names:
+        made.append(DraftModel(lm.draft.cfg, lm.draft.dtype, lm.draft.activations))
+    if EAGLE in trees.names:
+        made.append(Eagle(lm.dtype, lm.activations))
+    return dataclasses.replace(trees, sources=(*trees.sources, *made)) if made else trees
 
 
 def sources_of(trees: TreeSet) -> tuple[Source, ...]:
