@@ -34,7 +34,7 @@ from msn_jax import data, train_step
 from msn_jax.adapters import Marked, merge
 from msn_jax.commands import decode_command
 from msn_jax.config import SECTIONS, LoraConfig, RunConfig
-from msn_jax.eagle import usual_tokens
+from msn_jax.eagle import with_vocabulary
 from msn_jax.errors import InputError, named
 from msn_jax.io import export, hf, run_dir
 from msn_jax.io.adapters import save_adapter, stored_fingerprint
@@ -208,7 +208,8 @@ def train(setting: Setting) -> train_step.TrainState:
     else:
         state = train_step.init_state(cfg, run, mesh, load() if setting.source and not run.frozen else None)
         if run.heads.kind == "eagle":
-            state = with_vocabulary(state, setting.corpus, cfg.vocab_size)
+            replies = [of.tokens[of.response] for of in setting.corpus.train.values()]
+            state = state.replace(params=with_vocabulary(state.params, replies, cfg.vocab_size))
         start = 0
     frozen = load(dtype=jnp.dtype(run.train.dtype)) if run.frozen else None
     trained = sum(p.size for p in jax.tree.leaves(state.params))
@@ -254,13 +255,6 @@ def train(setting: Setting) -> train_step.TrainState:
         say(f"stopped after step {ending}; the same command goes on from there")
         sys.exit(0)
     return state
-
-
-def with_vocabulary(state: train_step.TrainState, corpus: data.Corpus, vocab_size: int) -> train_step.TrainState:
-    """The state of an EAGLE head that drafts the most frequent tokens of the replies."""
-    old, examples = state.params.vocabulary, corpus.train.values()
-    ids = usual_tokens([of.tokens[of.response] for of in examples], vocab_size, len(old))
-    return state.replace(params=state.params.replace(vocabulary=jax.device_put(ids, old.sharding)))
 
 
 def eval_metrics(scores: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:

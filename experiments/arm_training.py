@@ -27,7 +27,7 @@ from msn_jax.config import (
     RunConfig,
     TrainConfig,
 )
-from msn_jax.eagle import usual_tokens
+from msn_jax.eagle import with_vocabulary
 from msn_jax.io.adapters import save_adapter
 from msn_jax.objectives.scores import metrics_of
 
@@ -179,9 +179,8 @@ class Trainer:
         state = self.programs.fresh(key)
         if self.arm.heads.kind == "eagle":
             seen = {name: np.asarray(self.rows[name][: self.count]) for name in ("tokens", "response")}
-            size = len(state.params.vocabulary)
-            ids = usual_tokens([seen["tokens"][seen["response"]]], self.args.cfg.vocab_size, size)
-            state = state.replace(params=state.params.replace(vocabulary=jnp.asarray(ids)))
+            replies = [seen["tokens"][seen["response"]]]
+            state = state.replace(params=with_vocabulary(state.params, replies, self.args.cfg.vocab_size))
         rng, count, dispatch = np.random.default_rng(seed), self.count, self.args.dispatch
         order, losses = np.zeros(0, np.int64), []
         begin = saved = time.perf_counter()

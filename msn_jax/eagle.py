@@ -114,6 +114,12 @@ def usual_tokens(replies: list[np.ndarray], vocab_size: int, count: int) -> np.n
     return np.sort(np.argsort(-often, kind="stable")[:count]).astype(np.float32)
 
 
+def with_vocabulary(head: EagleHead, replies: list[np.ndarray], vocab_size: int) -> EagleHead:
+    """The head that drafts the most frequent tokens of replies, int[n] each."""
+    old = head.vocabulary
+    return head.replace(vocabulary=jax.device_put(usual_tokens(replies, vocab_size, len(old)), old.sharding))
+
+
 def drafter_of(head: EagleHead, params: Params, cfg: ModelConfig, dtype) -> EagleDrafter:
     """A head as it decodes with a model."""
     head = jax.tree.map(jnp.asarray, head).cast(dtype)

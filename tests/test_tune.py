@@ -127,8 +127,8 @@ def some_head(lm, name):
         return {"heads": init_heads(lm.cfg, 3)}
     if name == DRAFT_MODEL:
         first = lm.params.replace(layers=lm.params.layers[:1])
-        small = SimpleNamespace(cfg=dataclasses.replace(lm.cfg, layers=1), params=first, dtype=lm.dtype)
-        return {"draft": SimpleNamespace(**vars(small), activations=lm.dtype)}
+        cfg = dataclasses.replace(lm.cfg, layers=1)
+        return {"draft": SimpleNamespace(cfg=cfg, params=first, dtype=lm.dtype, activations=lm.dtype)}
     return {"eagle": drafter_of(init_eagle(jax.random.key(0), lm.cfg, 40), lm.params, lm.cfg, lm.dtype)}
 
 

@@ -32,6 +32,7 @@ from msn_jax.ngrams import NgramTable
 from msn_jax.params import ArraySpec, DraftAdapter, Layer, Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter.safetensors"
+_KINDS = {"medusa": MedusaHeads, "eagle": EagleHead, "ngrams": NgramTable}
 _SCALE = ".scale"  # of a tensor stored in int8: what a row's numbers are multiplied with
 
 
@@ -51,8 +52,7 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(adapter, EagleHead):
         adapter = adapter.replace(vocabulary=adapter.ids)
-    kinds = {"medusa": MedusaHeads, "eagle": EagleHead, "ngrams": NgramTable}
-    if kind := next((name for name, of in kinds.items() if isinstance(adapter, of)), None):
+    if kind := next((name for name, of in _KINDS.items() if isinstance(adapter, of)), None):
         stored = lambda x: x.astype(np.float16) if x.dtype == np.float32 else x
         tensors = {name: stored(np.asarray(tensor)) for name, tensor in vars(adapter).items()}
         return _write(folder, tensors, {"base": base, "kind": kind} | (trained_on or {}))
@@ -172,8 +172,8 @@ def load_adapter(
     for name in ("base_norms", "base_sample"):
         settings.pop(name, None)
     kind = settings.pop("kind", None)
-    if kind not in (None, "medusa", "eagle", "ngrams"):
-        raise InputError(f"adapter {folder}: is of the kind {kind!r}; accepted: medusa, eagle, ngrams, none for noise")
+    if kind not in (None, *_KINDS):
+        raise InputError(f"adapter {folder}: is of the kind {kind!r}; accepted: {', '.join(_KINDS)}, none for noise")
     try:
         lora = LoraConfig(**({} if kind else settings))
         file = safe_open(path, framework="numpy")
