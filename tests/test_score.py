@@ -1,6 +1,8 @@
 """Likelihoods against torch's logits, and what evals/tasks.py reads in an answer, against cases by hand."""
 
+import gzip
 import importlib
+import json
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -130,6 +132,21 @@ def test_answers_are_read_as_people_would():
     assert tasks.cut("import re\ndef f(): pass\n\nassert f()", tasks.MBPP_STOPS) == "import re\ndef f(): pass\n"
     # Wilson's interval of 5 of 10, from its formula by hand.
     assert tasks.interval(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+
+
+def test_answers_in_code_are_samples_for_evalplus(tmp_path, monkeypatch):
+    rows = {"mbpp.jsonl": {"task_id": 11, "text": "One.", "test_list": ["assert f() == 1"], "test_setup_code": "x = 1"}}
+    rows["human_eval.jsonl.gz"] = {"task_id": "HumanEval/0", "prompt": "def f():\n", "test": "", "entry_point": "f"}
+    for name, row in rows.items():
+        with (gzip.open if name.endswith(".gz") else open)(tmp_path / name, "wt") as file:
+            print(json.dumps(row), file=file)
+    said, ran = "    return 1\n\nprint(f())\n", []
+    monkeypatch.setattr(tasks, "generate", lambda lm, prompts, **_: [SimpleNamespace(text=said) for _ in prompts])
+    monkeypatch.setattr(tasks, "run_program", lambda program: ran.append(program) or "passed")
+    found = [next(tasks.code(None, tasks.code_prompts(name, tmp_path), 1)) for name in ("humaneval", "mbpp")]
+    assert [row["task_id"] for row in found] == ["HumanEval/0", "Mbpp/11"]
+    assert [row["solution"] for row in found] == ["def f():\n    return 1\n", "    return 1\n"]
+    assert ran == ["def f():\n    return 1\n\n\ncheck(f)\n", "    return 1\n\nx = 1\nassert f() == 1\n"]
 
 
 def test_choices_are_rated_by_likelihood_and_by_likelihood_a_character(tmp_path, monkeypatch):
