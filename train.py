@@ -324,9 +324,11 @@ def main(argv: list[str] | None = None) -> None:
         check_plot(f"{run.train.out}/plot.png")
     start_processes(run.mesh)
     if flags.export:
-        if run.lora.draft_only or run.heads.kind:
+        if run.lora.draft_only or run.lora.draft_layers or run.heads.kind:
             what = "heads change" if run.heads.kind else "a draft-only adapter changes"
-            raise InputError(f"--export: {what} no weights; accepted without lora.draft_only and heads.kind")
+            raise InputError(
+                f"--export: {what} no weights; accepted without lora.draft_only, lora.draft_layers and heads.kind"
+            )
         if jax.process_count() > 1:
             raise InputError("--export is for one process; train, then export where the run directory can be read")
         check_export(run, flags.export)

@@ -6,6 +6,7 @@ as the weights themselves.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -16,10 +17,11 @@ from jax import Array
 
 from msn_jax.config import LINEAR_MAPS, HeadsConfig, LoraConfig, NoiseConfig
 from msn_jax.eagle import EagleHead, declare_eagle, init_eagle
+from msn_jax.errors import InputError
 from msn_jax.heads import MedusaHeads, declare_heads, init_heads
 from msn_jax.linear import HIGHEST, LowRank
 from msn_jax.model_config import ModelConfig
-from msn_jax.params import ArraySpec, DraftAdapter, Layer, Params, declare, init, stack_layers
+from msn_jax.params import ArraySpec, DraftAdapter, DraftLayers, Layer, Params, declare, init, stack_layers
 
 
 @struct.dataclass
@@ -39,12 +41,20 @@ class Parts(NamedTuple):
     heads: MedusaHeads | EagleHead | None = None
 
 
-Trained = Params | Layer | DraftAdapter | Marked | MedusaHeads | EagleHead
+Trained = Params | Layer | DraftAdapter | DraftLayers | Marked | MedusaHeads | EagleHead
 
 
 def declare_adapter(cfg: ModelConfig, lora: LoraConfig) -> Layer:
-    """A stacked adapter with an ArraySpec for every tensor; None for maps that are not in lora.targets."""
-    layer = declare(cfg, stacked=True).layers
+    """A stacked adapter with an ArraySpec for every tensor; None for maps that are not in lora.targets.
+
+    Raises InputError for more lora.draft_layers than the model has layers.
+    """
+    count = lora.draft_layers or cfg.layers
+    if count > cfg.layers:
+        raise InputError(
+            f"lora.draft_layers = {count} is not possible; accepted: up to {cfg.layers}, the model's layers"
+        )
+    layer = declare(dataclasses.replace(cfg, layers=count), stacked=True).layers
 
     def one(name: str) -> LowRank | None:
         if name not in lora.targets:
@@ -52,7 +62,7 @@ def declare_adapter(cfg: ModelConfig, lora: LoraConfig) -> Layer:
         spec = getattr(layer, name)
         outs = len(spec.shape) - spec.ins
         return LowRank(
-            a=ArraySpec((cfg.layers, lora.rank, *spec.shape[outs:]), (None, None, *spec.axes[outs:])),
+            a=ArraySpec((count, lora.rank, *spec.shape[outs:]), (None, None, *spec.axes[outs:])),
             b=ArraySpec((*spec.shape[:outs], lora.rank), (*spec.axes[:outs], None)),
             scale=lora.alpha / lora.rank,
         )
@@ -113,6 +123,8 @@ def init_trained(
 def _with_embeddings(start: Any, embed: Any, lora: LoraConfig, noise: NoiseConfig) -> Any:
     if lora.draft_only:
         return DraftAdapter(start, embed)
+    if lora.draft_layers:
+        return DraftLayers(start)
     return Marked(start, embed) if noise.mark else start
 
 
@@ -123,6 +135,8 @@ def parts_of(trained: Trained, frozen: Params | None) -> Parts:
             return parts_of(weights, frozen)._replace(noise_embed=noise_embed)
         case DraftAdapter(layers, noise_embed):
             return Parts(frozen, layers, noise_embed)
+        case DraftLayers(layers):
+            return Parts(frozen, layers, None)
         case Layer():
             return Parts(frozen, trained, None)
         case MedusaHeads() | EagleHead():

@@ -252,9 +252,12 @@ class LoraConfig:
         about="the linear maps that get one", factory=lambda: list(LINEAR_MAPS), accepted=f"some of {list(LINEAR_MAPS)}"
     )
     draft_only: bool = setting(False, "act at noise positions alone, and learn the frozen model's own predictions")
+    draft_layers: int = setting(
+        0, "above 0: so many first layers alone, which learn to be a smaller model that drafts for this one", least=0
+    )
     store: str | None = setting(
         None,
-        "dtype of the adapter's file; null: float16 if draft_only, else float32",
+        "dtype of the adapter's file; null: float16 if draft_only or draft_layers, else float32",
         choices=(None, "float32", "float16", "int8"),
     )
 
@@ -264,13 +267,17 @@ class LoraConfig:
             self,
             "lora.",
             draft_only=(not self.draft_only or self.rank > 0, "true with lora.rank above 0"),
+            draft_layers=(
+                not self.draft_layers or (self.rank > 0 and not self.draft_only),
+                "above 0 with lora.rank above 0 and without lora.draft_only",
+            ),
             targets=(bool(self.targets) and set(self.targets) <= set(LINEAR_MAPS), f"some of {list(LINEAR_MAPS)}"),
         )
 
     @property
     def stored_dtype(self) -> str:
         # What a draft-only adapter drafts is verified, and half the room is enough.
-        return self.store or ("float16" if self.draft_only else "float32")
+        return self.store or ("float16" if self.draft_only or self.draft_layers else "float32")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -307,6 +314,11 @@ class RunConfig:
                 f"heads.kind = {self.heads.kind}: heads learn clean text beside a frozen model; "
                 "accepted: with noise.kind none and lora.rank 0"
             )
+        if self.lora.draft_layers and self.noise.kind != "none":
+            raise InputError(
+                f"lora.draft_layers = {self.lora.draft_layers}: a model that drafts learns clean text; "
+                "accepted: with noise.kind none"
+            )
         plain = NoiseConfig()
         for name in ("layout", "mark"):
             if self.lora.draft_only and getattr(self.noise, name) != getattr(plain, name):
@@ -318,12 +330,13 @@ class RunConfig:
     @property
     def objective(self) -> str:
         """What the run learns: the name of a module of objectives/."""
-        return self.heads.kind or ("draft_only" if self.lora.draft_only else self.noise.layout)
+        beside = "draft_only" if self.lora.draft_only else "draft_layers" if self.lora.draft_layers else None
+        return self.heads.kind or beside or self.noise.layout
 
     @property
     def depths(self) -> int:
         """How many places ahead the run learns of, beside the next token."""
-        return self.heads.count if self.heads.kind else self.noise.length
+        return self.heads.count if self.heads.kind else 1 if self.lora.draft_layers else self.noise.length
 
     @property
     def frozen(self) -> bool:

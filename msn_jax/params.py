@@ -70,6 +70,13 @@ class DraftAdapter:
     noise_embed: Array  # [J, D]: what enters at noise of depth 1..J, in place of a token's embedding
 
 
+@struct.dataclass
+class DraftLayers:
+    """An adapter of the first layers alone, which with the model's norm and head become a smaller one that drafts."""
+
+    layers: Layer  # of LowRank, stacked: as many as draft
+
+
 def declare(cfg: ModelConfig, stacked: bool = False) -> Params:
     """Params with an ArraySpec for every tensor; stacked as for training, or one Layer after the other."""
     D, N, K, H, F, V = cfg.embed, cfg.heads, cfg.kv_heads, cfg.head_dim, cfg.mlp, cfg.vocab_size

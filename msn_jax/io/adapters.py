@@ -29,7 +29,7 @@ from msn_jax.io.hf import EMBED, HEAD, TensorSource, layer_names, read_json
 from msn_jax.linear import LowRank, widened
 from msn_jax.model_config import ModelConfig
 from msn_jax.ngrams import NgramTable
-from msn_jax.params import ArraySpec, DraftAdapter, Layer, Params
+from msn_jax.params import ArraySpec, DraftAdapter, DraftLayers, Layer, Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter.safetensors"
 _KINDS = {"medusa": MedusaHeads, "eagle": EagleHead, "ngrams": NgramTable}
@@ -38,7 +38,7 @@ _SCALE = ".scale"  # of a tensor stored in int8: what a row's numbers are multip
 
 def save_adapter(
     folder: str | Path,
-    adapter: Layer | DraftAdapter | Marked | MedusaHeads | EagleHead | NgramTable,
+    adapter: Layer | DraftAdapter | DraftLayers | Marked | MedusaHeads | EagleHead | NgramTable,
     lora: LoraConfig,
     base: str,
     trained_on: dict[str, Any] | None = None,
@@ -57,7 +57,9 @@ def save_adapter(
         tensors = {name: stored(np.asarray(tensor)) for name, tensor in vars(adapter).items()}
         return _write(folder, tensors, {"base": base, "kind": kind} | (trained_on or {}))
     layers, noise_embed = adapter, None
-    if isinstance(adapter, DraftAdapter | Marked):
+    if isinstance(adapter, DraftLayers):
+        layers = adapter.layers
+    elif isinstance(adapter, DraftAdapter | Marked):
         layers = adapter.weights if isinstance(adapter, Marked) else adapter.layers
         noise_embed = np.asarray(adapter.noise_embed)
     tensors = {}
@@ -159,7 +161,7 @@ def _settings(adapter: Path) -> dict[str, Any]:
 
 def load_adapter(
     adapter: str | Path, cfg: ModelConfig
-) -> Layer | DraftAdapter | Marked | MedusaHeads | EagleHead | NgramTable:
+) -> Layer | DraftAdapter | DraftLayers | Marked | MedusaHeads | EagleHead | NgramTable:
     """Read what `save_adapter` or PEFT wrote, for a model of this shape; stacked float32.
 
     Raises InputError for what holds no adapter, or one of another shape (the tensor is named).
@@ -222,4 +224,6 @@ def load_adapter(
     layers = specs.replace(**{name: one(name, getattr(specs, name)) for name in LINEAR_MAPS})
     if lora.draft_only:
         return DraftAdapter(layers, noise_embed)
+    if lora.draft_layers:
+        return DraftLayers(layers)
     return layers if noise_embed is None else Marked(layers, noise_embed)

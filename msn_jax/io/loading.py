@@ -22,20 +22,32 @@ from msn_jax.io import gguf, hf, run_dir, tokenizer
 from msn_jax.io.adapters import check_base, find_adapter, load_adapter
 from msn_jax.io.checkpoints import restore_params
 from msn_jax.io.files import download, is_hub_id, local_files
-from msn_jax.linear import activation_dtype
+from msn_jax.linear import Int8Weight, activation_dtype, widened
 from msn_jax.model_config import ModelConfig
 from msn_jax.ngrams import NgramTable
-from msn_jax.params import DraftAdapter, Layer, Params, declare, round_params, unstack, unstack_layers
+from msn_jax.params import (
+    DraftAdapter,
+    DraftLayers,
+    Layer,
+    Params,
+    declare,
+    round_params,
+    unstack,
+    unstack_layers,
+)
 from msn_jax.sharding import check_mesh
 
 logger = logging.getLogger("msn_jax")
+
+Adapter = Layer | DraftAdapter | DraftLayers | Marked | MedusaHeads | EagleHead | NgramTable
+Beside = DraftAdapter | DraftLayers | MedusaHeads | EagleHead | NgramTable  # those that leave the weights as they are
 
 ACCEPTED = (
     "a Hugging Face directory, a .gguf file, a run directory of train.py, a hub id (org/name), or smollm2-135m-instruct"
 )
 ADAPTER_HELP = (
     "directory of train.py's or of n-grams, or a PEFT adapter (directory, .safetensors, hub id); low-rank matrices are "
-    "merged into the weights, a draft-only adapter, heads and n-grams only draft"
+    "merged into the weights, a draft-only adapter, one of first layers, heads and n-grams only draft"
 )
 DTYPES = ("float32", "bfloat16", "int8")
 SMOLLM2 = "smollm2-135m-instruct"
@@ -119,8 +131,8 @@ def load(
     ckpt: a Hugging Face directory, a .gguf file, a run directory of train.py, a hub id, or the alias
     smollm2-135m-instruct.
     adapter: a directory that io.adapters.save_adapter or PEFT wrote, its .safetensors file, or a hub id; or several,
-    taken in order. An adapter is merged into the weights; a draft-only one, embeddings of marked noise, heads and
-    n-grams stay beside them. One that was trained on other weights is taken with a warning.
+    taken in order. An adapter is merged into the weights; a draft-only one, one of the first layers, embeddings of
+    marked noise, heads and n-grams stay beside them. One that was trained on other weights is taken with a warning.
     dtype: float32 or bfloat16, of weights and computation, or int8, of weights that multiply as bfloat16.
     mesh: of `make_mesh`, to spread weights and cache over.
     draft: a checkpoint of a smaller model with the same vocabulary that drafts for this one, or how many of this one's
@@ -133,7 +145,7 @@ def load(
         check_mesh(mesh)
     read = partial(_load_run if run_dir.is_run(ckpt) else _load_opened, str(ckpt), mesh=mesh)
 
-    def checked(lm: LM, found: Path) -> Layer | DraftAdapter | Marked | MedusaHeads | EagleHead | NgramTable:
+    def checked(lm: LM, found: Path) -> Adapter:
         weights = load_adapter(found, lm.cfg)
         check_base(found, lm.params, lm.name)
         return weights
@@ -143,7 +155,9 @@ def load(
         read = partial(_load_adapted, read, adapter_of=partial(checked, found=found))
     lm = read(dtype=dtype)
     _check_finite(lm)
-    lm = dataclasses.replace(lm, mesh=mesh)
+    lm = dataclasses.replace(lm, mesh=mesh, draft=lm.draft and dataclasses.replace(lm.draft, mesh=mesh))
+    if draft is not None and lm.draft is not None:
+        raise InputError(f"draft {draft}: an adapter brings layers that draft; accepted: one of both")
     return lm if draft is None else dataclasses.replace(lm, draft=draft_of(lm, draft, dtype))
 
 
@@ -187,10 +201,10 @@ def _load_adapted(read: Callable[..., LM], dtype, adapter_of: Callable) -> LM:
     """read(dtype) with adapter_of(it). An adapter is merged before the weights are rounded to int8."""
     lm = read(dtype=dtype)
     adapter = adapter_of(lm)
-    if jnp.dtype(dtype) != jnp.int8 or isinstance(adapter, DraftAdapter | MedusaHeads | EagleHead | NgramTable):
-        return _adapted(lm, adapter)
+    if jnp.dtype(dtype) != jnp.int8 or isinstance(adapter, Beside):
+        return with_adapter(lm, adapter)
     del lm
-    lm = _adapted(read(dtype=jnp.bfloat16), adapter)
+    lm = with_adapter(read(dtype=jnp.bfloat16), adapter)
     return dataclasses.replace(lm, params=round_params(lm.params, declare(lm.cfg)))
 
 
@@ -223,10 +237,11 @@ def _load_run(folder: str, dtype, mesh: Mesh | None) -> LM:
     if isinstance(stacked, Marked):
         stacked, marks = stacked.weights, DraftAdapter(None, stacked.noise_embed)
     lm = LM(folder, cfg, hf.place_params(cfg, unstack_layers(stacked), dtype, mesh), tok, stop_ids)
-    return lm if marks is None else _adapted(lm, marks)
+    return lm if marks is None else with_adapter(lm, marks)
 
 
-def _adapted(lm: LM, adapter: Layer | DraftAdapter | Marked | MedusaHeads | EagleHead | NgramTable) -> LM:
+def with_adapter(lm: LM, adapter: Adapter) -> LM:
+    """A loaded model with a stacked adapter of `load_adapter`, merged into the weights or beside them."""
     match adapter:
         case NgramTable():
             return dataclasses.replace(lm, ngrams=adapter)
@@ -234,12 +249,24 @@ def _adapted(lm: LM, adapter: Layer | DraftAdapter | Marked | MedusaHeads | Eagl
             return dataclasses.replace(lm, heads=jax.tree.map(lambda a: jnp.asarray(a, lm.dtype), adapter))
         case EagleHead():
             return dataclasses.replace(lm, eagle=drafter_of(adapter, lm.params, lm.cfg, lm.dtype))
+        case DraftLayers(layers):
+            return dataclasses.replace(lm, draft=_first_layers(lm, layers))
         case DraftAdapter(layers, noise_embed):
             drafter = DraftAdapter(layers and unstack(layers), noise_embed)
             return dataclasses.replace(lm, drafter=jax.tree.map(lambda a: jnp.asarray(a, lm.dtype), drafter))
         case Marked(layers, noise_embed):
-            return _adapted(_adapted(lm, layers), DraftAdapter(None, noise_embed))
+            return with_adapter(with_adapter(lm, layers), DraftAdapter(None, noise_embed))
     return dataclasses.replace(lm, params=merge(lm.params, unstack(adapter)))
+
+
+def _first_layers(lm: LM, adapter: Layer) -> LM:
+    """The first layers of a model, as many as a stacked adapter has, with it merged: a smaller model that drafts."""
+    small = draft_of(lm, len(jax.tree.leaves(adapter)[0]), lm.dtype)
+    layers = jax.tree.map(widened, small.params.layers, is_leaf=lambda w: isinstance(w, Int8Weight))
+    layers = merge(small.params.replace(layers=layers), unstack(adapter)).layers
+    if isinstance(lm.params.embed, Int8Weight):
+        layers = round_params(layers, declare(small.cfg).layers)
+    return dataclasses.replace(small, params=small.params.replace(layers=layers))
 
 
 def _float32(specs):

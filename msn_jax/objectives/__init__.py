@@ -15,10 +15,10 @@ from __future__ import annotations
 from types import ModuleType
 
 from msn_jax.config import RunConfig
-from msn_jax.objectives import beside, draft_only, eagle, inline, medusa
+from msn_jax.objectives import beside, draft_layers, draft_only, eagle, inline, medusa
 
 
 def objective_of(run: RunConfig) -> ModuleType:
     """The module that says what the run learns."""
-    modules = {"inline": inline, "beside": beside, "draft_only": draft_only, "medusa": medusa, "eagle": eagle}
-    return modules[run.objective]
+    modules = {"inline": inline, "beside": beside, "draft_only": draft_only, "draft_layers": draft_layers}
+    return (modules | {"medusa": medusa, "eagle": eagle})[run.objective]
