@@ -31,24 +31,25 @@ from msn_jax.terminal import run_command
 
 PLAN = Path(__file__).parent / "rivals.yaml"
 # The field of LM that an adapter of the plan fills.
-PARTS = {"noise": "drafter", "medusa": "heads", "eagle": "eagle", "ngrams": "ngrams"}
+PARTS = {"noise": "drafter", "medusa": "heads", "eagle": "eagle", "ngrams": "ngrams", "draft": "draft"}
 
 
 def load_all(plan: dict) -> tuple[LM, dict[str, int]]:
     """The model with all of the plan that is there: adapters, the draft model; and the bytes that each adds to its
-    weights."""
+    weights. An adapter `draft` that is there, of first layers, takes the place of the plan's draft model."""
     there = {}
     for name, adapter in plan["adapters"].items():
         if Path(adapter["path"]).exists():
             there[name] = adapter["path"]
         else:
             print(f"left out: what needs {name}; {adapter['path']} is not there ({adapter['trained']})")
-    small = plan.get("draft", {}).get("model")
+    small = None if "draft" in there else plan.get("draft", {}).get("model")
     lm, added = load(plan["ckpt"], adapter=list(there.values()), dtype=plan["dtype"], draft=small), {}
     for name, path in there.items():
         own = getattr(lm, PARTS[name])
         if own is None:
-            raise InputError(f"{path}: no draft-only adapter, no heads and no n-grams")
+            raise InputError(f"{path}: no draft-only adapter, no heads, no n-grams and no layers that draft")
+        own = own.params.layers if name == "draft" else own  # embedding and head are the model's own
         added[name] = sum(x.nbytes for x in jax.tree.leaves(own))
     if small is not None:  # its first layers are the model's own
         added["draft"] = 0 if isinstance(small, int) else sum(x.nbytes for x in jax.tree.leaves(lm.draft.params))
@@ -64,10 +65,17 @@ def row_of(lm: LM, plan: dict, arm: dict, config: DecodeConfig, rows: list[dict]
         **{name: arm.get(name, "") for name in ("method", "what", "differs")},
         "nodes": [tree.size for tree in trees_of(lm, config.method, config.tree, 1).trees],
         "added_bytes": added.get(needs, 0),
-        "trained": (plan["adapters"] | {"draft": plan.get("draft")})[needs]["trained"] if needs else "",
+        "trained": trained_of(plan, needs) if needs else "",
         "mat_no_loops_interval": mat_interval(sums) if sums else None,
         **figures(own, ar),
     }
+
+
+def trained_of(plan: dict, needs: str) -> str:
+    """How what an arm needs was trained."""
+    adapter = plan["adapters"].get(needs)
+    there = adapter and (needs != "draft" or Path(adapter["path"]).exists())
+    return (adapter if there else plan["draft"])["trained"]
 
 
 def as_table(rows: list[dict[str, Any]]) -> str:
@@ -95,7 +103,7 @@ def as_table(rows: list[dict[str, Any]]) -> str:
                 f"{row['mat']:.2f}",
                 f"{row['ratio_to_ar']:.2f}",
                 f"{row['identical']} / {row['outputs']}",
-                f"{row['added_bytes'] / 1e6:.0f} MB, {row['trained']}" if row["added_bytes"] else "-",
+                f"{row['added_bytes'] / 1e6:.0f} MB, {row['trained']}" if row["trained"] else "-",
                 row["differs"] or "-",
             ]
         )

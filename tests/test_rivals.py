@@ -8,7 +8,8 @@ import yaml
 
 from benchmarks import rivals
 from msn_jax import InputError, load
-from msn_jax.config import LoraConfig
+from msn_jax.adapters import init_trained
+from msn_jax.config import LoraConfig, NoiseConfig
 from msn_jax.decode.tree_sets import tree_set
 from msn_jax.eagle import init_eagle
 from msn_jax.heads import init_heads
@@ -81,7 +82,18 @@ def test_a_table_from_a_tiny_model(tmp_path, tiny_ckpt, monkeypatch, capsys):
     eagle = 3 * D * D + parameter_count(layer) + parameter_count(layer.qkv) + D + 20 + 20 * D
     heads = 3 * D * (D + 1)
     assert [row["added_bytes"] for row in rows] == [0, 0, 4 * heads, 4 * eagle, 0, 16 * 4 * (4 + 2 * 8)]
-    assert "| `medusa:medusa8` | 8 |" in shown and "not at all" in shown
+    assert "| `medusa:medusa8` | 8 |" in shown and "not at all" in shown and "| 0 MB, no |" in shown
+
+    lora = LoraConfig(rank=2, draft_layers=2)
+    save_adapter(tmp_path / "layers", init_trained(jax.random.key(0), cfg, lora, NoiseConfig()), lora, "tiny")
+    plan["adapters"] = {"draft": {"path": str(tmp_path / "layers"), "trained": "a little"}}
+    plan["arms"] = [arm("ar"), arm("draft-model:model4", needs="draft")]
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
+    monkeypatch.setattr("sys.argv", ["rivals", *options[:-1], str(tmp_path / "layers_out")])
+    rivals.main()
+    _, row = json.loads((tmp_path / "layers_out/rivals.json").read_text())["arms"]
+    assert row["identical"] == 4 and row["trained"] == "a little"
+    assert row["added_bytes"] == 2 * 4 * parameter_count(layer)  # two layers in float32; the rest is the model's
 
     plan["arms"] = plan["arms"][1:]
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
