@@ -31,11 +31,26 @@ from msn_jax.eagle import with_vocabulary
 from msn_jax.io.adapters import save_adapter
 from msn_jax.objectives.scores import metrics_of
 
-INLINE = NoiseConfig(length=4, density=0.4)
-BESIDE = NoiseConfig(length=4, layout="beside", anchors=48)
+LAYOUTS = {
+    "plain": NoiseConfig(kind="none", length=4),
+    "inline": NoiseConfig(length=4, density=0.4),
+    "beside": NoiseConfig(length=4, layout="beside", anchors=48),
+}
+SIZE = re.compile(r"([^@]+)(?:@([1-9]\d*)(?:x([1-9]\d*))?)?")
 DRAFT = re.compile(r"draft-r(\d+)(-int8)?(-l1|-overlap)?(?:-n(\d))?")
+LAYERS = re.compile(r"layers-(\d+)(?:-r(\d+))?(-int8)?(-l1|-overlap)?")
 MEDUSA = re.compile(r"medusa-(\d+)")
 EAGLE = re.compile(r"eagle(?:-(\d+))?")
+TUNED = re.compile(
+    r"(plain|inline|beside)(-marked)?(-model)?(-l1|-overlap)?(?:-w(\d+(?:\.\d+)?))?(?:-a(\d+))?(?:-n(\d+))?(?:-r(\d+))?"
+    r"(-f16|-int8)?"
+)
+ACCEPTED = (
+    "draft-rRANK[-int8][-l1|-overlap][-nLENGTH], layers-COUNT[-rRANK][-int8][-l1|-overlap], medusa-HEADS, "
+    "eagle[-VOCABULARY], plain, inline[-marked] or beside[-marked][-model[-l1|-overlap]][-wWEIGHT][-aANCHORS] with "
+    "[-nLENGTH][-rRANK][-f16|-int8], in this order, then [@STEPS[xROWS]]"
+)
+DECAY = float(np.exp(-1 / 4))  # of DSpark's loss by depth
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +66,13 @@ class Arm:
     @property
     def drafts(self) -> bool:
         """Whether it learns to draft the replies of a model that stays: its own replies are learnt."""
-        return self.lora.draft_only or self.heads.kind is not None
+        return self.lora.draft_only or self.lora.draft_layers > 0 or self.heads.kind is not None
 
     @property
     def program(self) -> str:
         """Arms with the same one share their compiled programs."""
-        return repr((self.noise, self.lora, self.heads, self.learning_rate, self.rows))
+        lora = dataclasses.replace(self.lora, store=None)
+        return repr((self.noise, lora, self.heads, self.learning_rate, self.rows))
 
     def run(self, args: argparse.Namespace) -> RunConfig:
         """Its settings; the steps are given while it runs."""
@@ -78,33 +94,48 @@ class Arm:
 
 
 def parse_arm(text: str, rows: int) -> Arm:
-    """An arm by its name, see above."""
-    name, _, size = text.partition("@")
-    steps, wide = map(int, size.split("x")) if size else (None, rows)
+    """An arm by its name, see learn.py. Raises InputError, one line, for a name that is none."""
+    found = SIZE.fullmatch(text)
+    name, steps, wide = found.groups() if found else ("", None, None)
+    try:
+        return _arm(text, name, int(steps) if steps else None, int(wide) if wide else None, rows)
+    except InputError as e:
+        raise InputError(f"--arms {text}: {e}") from None
+
+
+def _arm(text: str, name: str, steps: int | None, wide: int | None, rows: int) -> Arm:
+    drafts = partial(Arm, text, steps=steps, rows=wide or rows)
+    clean = NoiseConfig(kind="none", decay=0.8)
     if found := DRAFT.fullmatch(name):
         rank, int8, loss, length = found.groups()
         noise = NoiseConfig(length=int(length or 3), anchors=128)
         if loss:
-            noise = dataclasses.replace(noise, loss=loss[1:], decay=float(np.exp(-1 / 4)))
+            noise = dataclasses.replace(noise, loss=loss[1:], decay=DECAY)
         lora = LoraConfig(rank=int(rank), alpha=float(rank), draft_only=True, store="int8" if int8 else "float16")
-        return Arm(text, noise, lora, 1e-3, steps, wide)
+        return drafts(noise, lora, 1e-3)
+    if found := LAYERS.fullmatch(name):
+        count, rank, int8, loss = found.groups()
+        rank = int(rank or 128)
+        lora = LoraConfig(rank=rank, alpha=float(rank), draft_layers=int(count), store="int8" if int8 else "float16")
+        if not lora.draft_layers:
+            raise InputError("accepted: layers-1 or more")
+        return drafts(NoiseConfig(kind="none", loss=loss[1:] if loss else "kl"), lora, 1e-3)
     if found := MEDUSA.fullmatch(name):
-        noise, heads = NoiseConfig(kind="none", decay=0.8), HeadsConfig(kind="medusa", count=int(found[1]))
-        return Arm(text, noise, LoraConfig(), 2e-3, steps, wide, heads)
+        return drafts(clean, LoraConfig(), 2e-3, heads=HeadsConfig(kind="medusa", count=int(found[1])))
     if found := EAGLE.fullmatch(name):
         heads = HeadsConfig(kind="eagle", count=5, vocabulary=int(found[1] or 8192))
-        return Arm(text, NoiseConfig(kind="none", decay=0.8), LoraConfig(), 1e-3, steps, wide, heads)
-    layout, *options = name.split("-")
-    known = {"plain": NoiseConfig(kind="none", length=4), "inline": INLINE, "beside": BESIDE}
-    if layout not in known or set(options) - {"marked", "model"}:
-        raise InputError(
-            f"--arms {text}: accepted: draft-rRANK, medusa-HEADS, eagle, plain, inline, beside, inline-marked, "
-            "beside-marked"
-        )
-    noise = dataclasses.replace(
-        known[layout], mark="marked" in options, target="model" if "model" in options else "label"
-    )
-    return Arm(text, noise, LoraConfig(rank=16, alpha=16.0), 5e-4, steps or 120, wide if size else 8)
+        return drafts(clean, LoraConfig(), 1e-3, heads=heads)
+    found = TUNED.fullmatch(name)
+    layout, marked, model, loss, weight, anchors, length, rank, store = found.groups() if found else (None,) * 9
+    beside_alone = layout != "beside" and (model or weight or anchors)
+    if layout is None or beside_alone or (loss and not model) or (marked and layout == "plain"):
+        raise InputError(f"accepted: {ACCEPTED}")
+    given = {"weight": weight and float(weight), "anchors": anchors and int(anchors), "length": length and int(length)}
+    given |= {"mark": bool(marked), "target": model and "model", "loss": loss and loss[1:]}
+    noise = dataclasses.replace(LAYOUTS[layout], **{name: value for name, value in given.items() if value is not None})
+    stored = {None: None, "-f16": "float16", "-int8": "int8"}[store]
+    lora = LoraConfig(rank=int(rank or 16), alpha=float(rank or 16), store=stored)
+    return Arm(text, noise, lora, 5e-4, steps or 120, wide or 8)
 
 
 def cosine(step, train: TrainConfig, total):
@@ -173,8 +204,9 @@ class Trainer:
         )
         return {"loss": clean["loss"]} | {name: value for name, value in noisy.items() if "depth" in name}
 
-    def train(self, seed: int, seconds: float, out: Path) -> tuple[Any, dict]:
-        """Train from the start of a seed, for the arm's steps or the time. Returns (what was trained, figures)."""
+    def train(self, seed: int, seconds: float, out: Path) -> tuple[Any, dict] | None:
+        """Train from the start of a seed, for the arm's steps or the time. Returns (what was trained, figures), or None
+        where two dispatches show that the arm's steps would take longer."""
         key, total = jax.random.key(seed), self.arm.steps
         state = self.programs.fresh(key)
         if self.arm.heads.kind == "eagle":
@@ -193,9 +225,12 @@ class Trainer:
             state, (sums, _) = self.programs.many(state, self.frozen, self.rows, index, key, float(total or 1000))
             jax.block_until_ready(losses[-1:])  # one dispatch ahead of the device
             losses.append(sums)
-            if total is None and len(losses) == 2:
+            if len(losses) == 2:
                 jax.block_until_ready(sums)
-                total = dispatch * max(2, int(2 * seconds / (time.perf_counter() - begin)))
+                fitting = dispatch * max(2, int(2 * seconds / (time.perf_counter() - begin)))
+                total = total or fitting
+                if total > fitting:
+                    return None
             if self.arm.steps is None and time.perf_counter() - begin > 1.1 * seconds:
                 break
             if time.perf_counter() - saved > 60:  # a run that is cut off leaves this much

@@ -1,6 +1,6 @@
 """Tables of what `experiments.learn` found, from its learn.jsonl: quality, accuracy by depth, tokens a pass.
 
-    python -m experiments.learn_table OUT/learn.jsonl [--base plain]
+    python -m experiments.learn_table OUT/learn.jsonl [--base plain] [--trade]
 
 Seeds of an arm are taken together. Intervals are 95%, by question (statistics.py).
 """
@@ -8,6 +8,7 @@ Seeds of an arm are taken together. Intervals are 95%, by question (statistics.p
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +20,50 @@ from msn_jax.records import kept_rows
 from msn_jax.terminal import run_command
 
 
-def learnt_table(records: list[dict], base: str) -> str:
-    """Steps, held-out loss and the noise's accuracy by depth of each arm, means over its seeds."""
+def only_drafts(run: dict) -> bool:
+    """Whether an arm learnt to draft for a model that stays."""
+    lora = run["lora"]
+    return bool(lora["draft_only"] or lora.get("draft_layers") or run.get("heads", {}).get("kind"))
+
+
+def part_of(records: list[dict], drafts: bool) -> list[dict]:
+    """The records of arms that only draft or of the others, with what all are compared with."""
+    arms = {record["arm"] for record in records if "steps" in record and only_drafts(record) is drafts}
+    return [record for record in records if record.get("arm") in {*arms, "untouched", None}]
+
+
+def base_of(arm: str, arms: Iterable[str], base: str) -> str | None:
+    """The arm that one is compared with: `base` of the same steps and rows, or the first of it that there is."""
+    name, at, size = arm.partition("@")
+    found = [other for other in arms if other.partition("@")[0] == base]
+    return next((other for other in found if other == f"{base}{at}{size}"), found[0] if found else None)
+
+
+def trained_runs(records: list[dict]) -> dict[str, list[dict]]:
+    """The runs of each arm that was trained, a seed each."""
     found: dict[str, list[dict]] = {}
     for record in records:
         if "held_out" in record and "steps" in record:
             found.setdefault(record["arm"], []).append(record)
-    losses = {arm: np.mean([r["held_out"]["loss"] for r in runs]) for arm, runs in found.items()}
-    plain = next((loss for arm, loss in losses.items() if arm.partition("@")[0] == base), None)
-    rows = []
+    return found
+
+
+def mean_losses(found: dict[str, list[dict]]) -> dict[str, float]:
+    return {arm: np.mean([run["held_out"]["loss"] for run in runs]) for arm, runs in found.items()}
+
+
+def loss_over(arm: str, losses: dict[str, float], base: str) -> str:
+    """Held-out clean loss in percent over that of the base arm."""
+    other = base_of(arm, losses, base)
+    return "" if other is None else f"{100 * (losses[arm] / losses[other] - 1):+.1f}%"
+
+
+def learnt_table(records: list[dict], base: str) -> str:
+    """Steps, held-out loss and the noise's accuracy by depth of each arm, means over its seeds."""
+    found = trained_runs(records)
+    losses, rows = mean_losses(found), []
     for arm, runs in found.items():
-        draft_only = runs[0]["lora"]["draft_only"]
-        over = "" if draft_only or plain is None else f"{100 * (losses[arm] / plain - 1):+.1f}%"
+        over = "" if only_drafts(runs[0]) else loss_over(arm, losses, base)
         shares = []
         for k in (1, 10):
             names = sorted(name for name in runs[0]["held_out"] if name.startswith(f"top{k}_depth"))
@@ -41,36 +74,78 @@ def learnt_table(records: list[dict], base: str) -> str:
     return table(head, rows)
 
 
-def speed_table(records: list[dict], base: str) -> str:
-    """Tokens a pass of answers that do not loop, seeds together, and over the base arm's method of the same place."""
+def accepted(records: list[dict]) -> dict[tuple, dict]:
+    """(arm, dtype, method, its place) -> sums by question of answers that do not loop, seeds together."""
     sums: dict[tuple, list[dict]] = {}
     for record in records:
         if "answers" in record and not record["arm"].startswith("new "):
             for place, method in enumerate(record["methods"]):
                 key = record["arm"], record.get("dtype", ""), method, place
                 sums.setdefault(key, []).append(by_question(record, method))
-    together = {
+    return {
         key: {q: tuple(map(sum, zip(*(p[q] for p in parts if q in p), strict=True))) for q in set().union(*parts)}
         for key, parts in sums.items()
     }
-    plain = {place: found for (arm, _, _, place), found in together.items() if arm.partition("@")[0] == base}
-    rows = []
-    for (arm, dtype, method, place), found in together.items():
-        if found:
-            ratio = interval(mat_ratio(found, plain[place]), 3) if plain.get(place) else ""
-            rows.append([arm, dtype, method, str(len(found)), interval(mat_interval(found)), ratio])
+
+
+def speed_over(key: tuple, speeds: dict[tuple, dict], base: str) -> str:
+    """Tokens a pass of an arm's method over those of the base arm by the method of the same place."""
+    by_arm = {other[0]: found for other, found in speeds.items() if other[3] == key[3] and found}
+    other = base_of(key[0], by_arm, base)
+    return "" if other is None or not speeds[key] else interval(mat_ratio(speeds[key], by_arm[other]), 3)
+
+
+def speed_table(records: list[dict], base: str) -> str:
+    """Tokens a pass of answers that do not loop, seeds together, and over the base arm's method of the same place."""
+    speeds = accepted(records)
+    rows = [
+        [*key[:3], str(len(found)), interval(mat_interval(found)), speed_over(key, speeds, base)]
+        for key, found in speeds.items()
+        if found
+    ]
     return table(["arm", "dtype", "method", "questions", "tokens a pass", "to " + base], rows)
+
+
+def trade_table(records: list[dict], base: str) -> str:
+    """What each setting of noise costs on clean text and buys, an arm a row, over the base arm of the same steps."""
+    found, speeds = trained_runs(records), accepted(records)
+    losses, rows = mean_losses(found), []
+    for arm, runs in found.items():
+        noise, lora, size = runs[0]["noise"], runs[0]["lora"], arm.partition("@")[2]
+        if only_drafts(runs[0]) or noise["kind"] == "none":
+            continue
+        beside = noise["layout"] == "beside"
+        own = [noise["weight"], noise["anchors"], noise["target"]] if beside else ["-", "-", "label"]
+        own[2] += f", {noise['loss']}" if noise["target"] == "model" else ""
+        marked = ", marked" if noise["mark"] else ""
+        at = [next((key for key in speeds if key[0] == arm and key[3] == place), None) for place in (0, 1)]
+        bought = [key and speed_over(key, speeds, base) or "" for key in at]
+        rows.append(
+            [
+                f"{noise['layout']}{marked}",
+                size,
+                str(len(runs)),
+                *map(str, own),
+                str(noise["length"]),
+                str(lora["rank"]),
+            ]
+            + [loss_over(arm, losses, base), *bought]
+        )
+    head = ["noise", "steps x rows", "seeds", "weight", "anchors", "target", "noise tokens", "LoRA rank"]
+    return table([*head, f"clean loss to {base}", "jacobi", "tr-jacobi"], rows)
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("files", type=Path, nargs="+", help="learn.jsonl of one run, or of several")
     p.add_argument("--base", default="plain", help="the arm that others are compared with, or untouched")
+    p.add_argument("--trade", action="store_true", help="and what each setting of noise costs and buys")
     args = p.parse_args()
     records = [row for file in args.files for row in kept_rows(file)]
     if not records:
         raise InputError(f"{args.files[0]}: no figures in it; accepted: learn.jsonl of experiments.learn")
-    print(learnt_table(records, args.base), speed_table(records, args.base), sep="\n\n")
+    tables = [make(records, args.base) for make in (learnt_table, speed_table, *[trade_table] * args.trade)]
+    print(*tables, sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from msn_jax.decode.generate import generate_batches
 from msn_jax.decode.prompts import encode
 from msn_jax.eagle import EagleHead, drafter_of
 from msn_jax.heads import MedusaHeads
-from msn_jax.io.loading import LM
-from msn_jax.params import DraftAdapter, unstack
+from msn_jax.io.loading import LM, with_adapter
+from msn_jax.params import DraftAdapter, DraftLayers, unstack
 
 
 def with_trained(lm: LM, trained: Any, dtype: str) -> LM:
@@ -28,6 +28,9 @@ def with_trained(lm: LM, trained: Any, dtype: str) -> LM:
     if isinstance(trained, EagleHead):
         params = jax.tree.map(lambda x: jnp.asarray(x, dtype), lm.params)
         return dataclasses.replace(lm, params=params, eagle=drafter_of(trained, params, lm.cfg, dtype))
+    if isinstance(trained, DraftLayers):
+        params = jax.tree.map(lambda x: jnp.asarray(x, dtype), lm.params)
+        return with_adapter(dataclasses.replace(lm, params=params), trained)
     if isinstance(trained, MedusaHeads):
         heads = trained
     elif isinstance(trained, DraftAdapter):
@@ -48,7 +51,9 @@ def measure(lm: LM, questions: list[dict], methods: str, max_new_tokens: int) ->
     for method in methods.split(","):
         config = dataclasses.replace(parse_method(method, base), batch_size=len(prompts))
         # One program of plain decoding for all arms.
-        model = dataclasses.replace(lm, drafter=None, heads=None, eagle=None) if config.method == "ar" else lm
+        model = (
+            dataclasses.replace(lm, drafter=None, heads=None, eagle=None, draft=None) if config.method == "ar" else lm
+        )
         (results,) = generate_batches(model, prompts, config)
         plain = plain or results
         for question, result in zip(questions, results, strict=True):

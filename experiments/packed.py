@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from msn_jax import DecodeConfig
+from msn_jax import DecodeConfig, InputError
 from msn_jax.answers import LOOPS, repeated_4grams
 from msn_jax.config import DataSource
 from msn_jax.conversations import encode_example
@@ -106,3 +106,21 @@ def pack(examples: list[Example], width: int, bins: int = 64) -> dict[str, np.nd
             out["segment_ids"][part], out["positions"][part] = number, np.arange(len(tokens))
             at += len(tokens)
     return out
+
+
+def write_packed(file: Path, whole: dict[str, np.ndarray], held: dict[str, np.ndarray], examples: int) -> None:
+    """Rows of `pack` to learn from and to hold out, with how many examples they hold, as a file that appears whole."""
+    arrays = {f"{part}.{name}": x for part, rows in (("whole", whole), ("held", held)) for name, x in rows.items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_suffix(".tmp").open("wb") as out:
+        np.savez_compressed(out, examples=examples, **arrays)
+    file.with_suffix(".tmp").rename(file)
+
+
+def read_packed(file: Path, width: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], int]:
+    """What write_packed wrote. Raises InputError for rows of another width."""
+    with np.load(file) as arrays:
+        parts = [{name: arrays[f"{part}.{name}"] for name in pack([], width)} for part in ("whole", "held")]
+        if (found := parts[0]["tokens"].shape[1]) != width:
+            raise InputError(f"{file}: rows of {found} tokens; accepted: of --tokens {width}, or another --out")
+        return *parts, int(arrays["examples"])

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from experiments.arms import draft_only, load_results, plain_of, plotted
-from experiments.learn_table import learnt_table, speed_table
+from experiments.learn_table import learnt_table, part_of, speed_table, trade_table
 from experiments.plots import draw_plots
 from experiments.tables import (
     against_section,
@@ -31,6 +31,7 @@ from msn_jax.terminal import run_command
 
 ROOT = Path(__file__).parent.parent
 LEARNING = ROOT / "results" / "learning"
+TRADE, RIVALS = "The trade-off of noise beside the text", "Rivals, trained as long as the shipped adapter"
 # What experiments.learn found on an accelerator: file, the arm that others are compared with, what it shows.
 LEARNT = {
     "Noise in the text or beside it, marked or not": (
@@ -50,6 +51,20 @@ LEARNT = {
         "place best, and -log of the overlap better than KL. The row without steps in its name is that loss for 1,900 "
         "steps, 23 million noise tokens on 14 thousand own replies: the shipped adapter. The adapter of the row "
         "`adapter` was shipped before. Held-out loss is the KL divergence for all.",
+    ),
+    TRADE: (
+        "gpu_day.jsonl",
+        "plain",
+        "The same trainings under other settings: the weight of the noise's loss, how many anchors a row it hangs "
+        "under, how many noise tokens under each, whether they learn the label or the clean text's own prediction, "
+        "and the rank. Each is set against plain of the same steps.",
+    ),
+    RIVALS: (
+        "gpu_day.jsonl",
+        "untouched",
+        "Medusa's heads, EAGLE-3's head and the model's own first 10 layers (LoRA of rank 128, the loss of the "
+        "adapter) learn the shipped adapter's replies for its 1,900 steps of 32 rows of 384 tokens. Held-out loss: "
+        "of Medusa cross entropy, of EAGLE the same among its draft vocabulary, of layers the KL divergence.",
     ),
 }
 PLAN = Path(__file__).parent / "evidence.yaml"
@@ -118,11 +133,16 @@ def results_text(results: dict[str, dict]) -> str:
         text.append("What noise costs and what it gives, by the share of scored tokens that stand behind it:\n")
         text.append(trade_section(results))
     for title, (name, base, words) in LEARNT.items():
-        records = kept_rows(LEARNING / name)
+        if not (records := kept_rows(LEARNING / name)):
+            continue
         text.append(f"## {title}\n")
         text.append(f"{words}\n")
         commands = [[f"`{r['command']}`", r["commit"], r["device"]] for r in records if "command" in r]
         text.append(table(["command", "commit", "device"], commands))
+        if title in (TRADE, RIVALS):
+            records = part_of(records, drafts=title == RIVALS)
+        if title == TRADE:
+            text.append(trade_table(records, base))
         text.append(learnt_table(records, base))
         text.append(speed_table(records, base))
     text.append("## Tasks\n")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from experiments.arm_training import Programs, Trainer, cosine, parse_arm
-from experiments.packed import pack
+from experiments.learn import check_arm
+from experiments.packed import pack, read_packed, write_packed
 from msn_jax import InputError, train_step
 from msn_jax.config import TrainConfig
 from msn_jax.io.adapters import load_adapter
@@ -50,11 +51,100 @@ def test_arms_by_name():
     heads = parse_arm("eagle-16384@40x8", rows=32)
     assert heads.drafts and (heads.heads.kind, heads.heads.vocabulary, heads.steps) == ("eagle", 16384, 40)
     assert parse_arm("eagle", 32).heads.vocabulary == 8192
-    with pytest.raises(InputError, match="--arms sideways: accepted"):
-        parse_arm("sideways", 32)
+    layers = parse_arm("layers-10-int8-l1@1900x32", rows=8)
+    assert layers.drafts and (layers.lora.draft_layers, layers.lora.rank, layers.lora.alpha) == (10, 128, 128.0)
+    assert (layers.lora.store, layers.noise.loss, layers.noise.kind, layers.rows) == ("int8", "l1", "none", 32)
+    assert parse_arm("layers-2-r8", 32).lora.rank == 8 and parse_arm("layers-2-r8", 32).noise.loss == "kl"
+    assert parse_arm("plain@5", 32).steps == 5 and parse_arm("plain@5", 32).rows == 8
 
 
-@pytest.mark.parametrize("name", ["beside-marked@4x2", "draft-r2@4x2", "medusa-3@4x2", "eagle-20@4x2"])
+def test_every_knob_of_a_name_reaches_its_setting():
+    arm = parse_arm("beside-marked-model-l1-w0.25-a24-n2-r8-f16@240x4", rows=32)
+    noise, lora = dataclasses.asdict(arm.noise), arm.lora
+    wanted = {
+        "layout": "beside",
+        "mark": True,
+        "target": "model",
+        "loss": "l1",
+        "weight": 0.25,
+        "anchors": 24,
+        "length": 2,
+    }
+    assert wanted.items() <= noise.items()
+    assert (lora.rank, lora.alpha, lora.store, arm.steps, arm.rows) == (8, 8.0, "float16", 240, 4)
+    base = parse_arm("beside-marked", rows=32)
+    assert (base.noise.weight, base.noise.anchors, base.noise.length, base.noise.target) == (0.5, 48, 4, "label")
+    assert (base.lora.rank, base.lora.store, base.steps) == (16, None, 120)
+    for knob, name in (("-w1", "weight"), ("-a9", "anchors"), ("-n5", "length"), ("-model", "target")):
+        other = dataclasses.asdict(parse_arm(f"beside{knob}", 32).noise)
+        known = dataclasses.asdict(parse_arm("beside", 32).noise)
+        assert [key for key in known if known[key] != other[key]] == [name]
+    # How it is stored is no other program.
+    assert parse_arm("beside-int8", 32).program == parse_arm("beside@9x8", 32).program
+    assert parse_arm("beside-w1", 32).program != parse_arm("beside", 32).program
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("sideways", "accepted: draft-rRANK"),
+        ("beside-a24-w0.5", "accepted: .* in this order"),
+        ("inline-w0.5", "accepted: draft-rRANK"),
+        ("inline-model", "accepted: draft-rRANK"),
+        ("beside-l1", "accepted: draft-rRANK"),
+        ("plain-marked", "accepted: draft-rRANK"),
+        ("beside-w0.5-w0.5", "accepted: draft-rRANK"),
+        ("beside-w.5", "accepted: draft-rRANK"),
+        ("beside-n0", "noise.length = 0 is not possible"),
+        ("beside-a0", "noise.anchors = 0 is not possible"),
+        ("beside-r0", "lora.alpha = 0.0 is not possible"),
+        ("layers-0", "accepted: layers-1 or more"),
+        ("plain@0x8", "accepted: draft-rRANK"),
+        ("plain@120y8", "accepted: draft-rRANK"),
+        ("plain@", "accepted: draft-rRANK"),
+    ],
+)
+def test_a_name_that_is_none_is_refused_in_a_line(name, said):
+    with pytest.raises(InputError, match=f"^--arms {name}: {said}") as refused:
+        parse_arm(name, 32)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_arm_must_fit_its_model_and_its_trees(one_layer):
+    methods = {"methods": "jacobi:small13", "marked_methods": "jacobi:draft13", "draft_methods": "jacobi:draft13"}
+    methods |= {
+        "medusa_methods": "medusa:medusa16",
+        "eagle_methods": "eagle:eagle8",
+        "layers_methods": "draft-model:model4",
+    }
+    args = argparse.Namespace(cfg=one_layer[0], dtype="float32", float32_methods="", **methods)
+    for name in ("beside-marked-n2", "beside-n1", "draft-r2-n2", "medusa-4", "eagle-20", "layers-1", "plain"):
+        check_arm(parse_arm(name, 8), args)
+    for name, said in (
+        ("beside-marked-n1", "jacobi:draft13 has noise of depth 2; accepted: -n2 or more"),
+        ("draft-r2-n1", "jacobi:draft13 has noise of depth 2; accepted: -n2 or more"),
+        ("medusa-1", "medusa:medusa16 asks for . heads; accepted: medusa-. or more"),
+        ("layers-2", "lora.draft_layers = 2 is not possible; accepted: up to 1"),
+    ):
+        with pytest.raises(InputError, match=f"^--arms {name}: {said}"):
+            check_arm(parse_arm(name, 8), args)
+
+
+def test_rows_come_back_from_their_file(tmp_path):
+    rows = pack([(np.arange(5, dtype=np.int32), np.arange(5) > 2)] * 3, 8)
+    write_packed(tmp_path / "a" / "rows.npz", rows, {name: x[:1] for name, x in rows.items()}, 3)
+    whole, held, examples = read_packed(tmp_path / "a" / "rows.npz", 8)
+    for name, x in rows.items():
+        np.testing.assert_array_equal(whole[name], x, strict=True)
+        np.testing.assert_array_equal(held[name], x[:1], strict=True)
+    assert examples == 3
+    with pytest.raises(InputError, match="rows of 8 tokens; accepted: of --tokens 16, or another --out"):
+        read_packed(tmp_path / "a" / "rows.npz", 16)
+
+
+@pytest.mark.parametrize(
+    "name", ["beside-marked@4x2", "draft-r2@4x2", "medusa-3@4x2", "eagle-20@4x2", "layers-1-r2@4x2"]
+)
 def test_a_dispatch_is_so_many_steps(one_layer, tmp_path, name):
     cfg, params = one_layer
     rng = np.random.default_rng(0)
@@ -68,6 +158,8 @@ def test_a_dispatch_is_so_many_steps(one_layer, tmp_path, name):
     # Rows past the count are there for the shape alone: none of them is learnt.
     longer = {name: jnp.pad(x, ((0, 2), (0, 0)), constant_values=1) for name, x in rows.items()}
     trainer = Trainer(arm, Programs(arm, args, frozen, longer, held), longer, held, len(rows["tokens"]))
+    longer = Trainer(dataclasses.replace(arm, steps=8), trainer.programs, longer, held, len(rows["tokens"]))
+    assert longer.train(3, 0.0, tmp_path) is None and not any(tmp_path.iterdir())  # there is no time for it
     trained, figures = trainer.train(3, 1e9, tmp_path)
     assert figures["steps"] == 4 and "top10_depth1" in trainer.held_out(trained)
 
