@@ -299,7 +299,12 @@ def main() -> None:
             continue
         kind = "own" if arm.drafts else "tuning"
         ready[kind].result()
-        trainer = Trainer(arm, programs[arm.program].result(), *placed[kind, arm.rows])
+        try:
+            program = programs[arm.program].result(max(left(), 1) if arm.steps else None)
+        except TimeoutError:  # it is still being compiled
+            left_out.append(f"{arm.name}, seed {seed}")
+            continue
+        trainer = Trainer(arm, program, *placed[kind, arm.rows])
         if given is not None and not scored and trainer.same_shape(given):
             found, scored = trainer.held_out(given), True
             keep({"arm": "adapter", "held_out": found}, f"adapter: {found}")
@@ -308,6 +313,7 @@ def main() -> None:
                 left_out.append(f"{arm.name}, seed {seed}")
         except jax.errors.JaxRuntimeError as e:  # too little memory, say: the other arms go on
             failed.append(f"{arm.name}, seed {seed}: {first_line(e)}")
+    compiling.shutdown(wait=False, cancel_futures=True)  # of arms that are left out
     for future in (*ready.values(), *waiting):
         try:
             future.result()
