@@ -114,14 +114,29 @@ def estimated_seconds(compiled: jax.stages.Compiled, chip: str) -> float:
 
 
 def widened_weights(hlo: str, params: Params) -> int:
-    """How many arrays in bfloat16 of a weight's size (on one chip) a compiled module writes; int8 should need none."""
+    """How many bfloat16 arrays a compiled module writes of an int8 one of a weight's size (on one chip).
+
+    int8 weights should need none: each is widened inside the product that takes it.
+    """
     is_rounded = lambda w: isinstance(w, Int8Weight)
     weights = [w.values for w in jax.tree.leaves(params, is_leaf=is_rounded) if is_rounded(w)]
     sizes = {math.prod(w.sharding.shard_shape(w.shape)) for w in weights}
     # Only the result of a fusion is an array, not what it computes on its way.
     fused = re.sub(r"^%?fused_computation.*?^}", "", hlo, flags=re.MULTILINE | re.DOTALL)
-    written = re.findall(r"^\s*(?:ROOT )?\S+ = bf16\[([\d,]+)\]", fused, re.MULTILINE)
-    return sum(math.prod(map(int, shape.split(","))) in sizes for shape in written)
+    lines = re.findall(r"^\s*(?:ROOT )?(%\S+) = (\(.*?\)|\S+) ([\w-]+)\((.*)", fused, re.MULTILINE)
+
+    def of_size(kind: str, result: str) -> set[int]:
+        found = re.findall(rf"\b{kind}\[([\d,]+)\]", result)
+        return {math.prod(map(int, shape.split(","))) for shape in found} & sizes
+
+    # An activation of a weight's size is none, nor are the rows of a table for so many tokens.
+    int8, wide = {}, 0
+    for name, result, operation, operands in lines:
+        given = operation in ("parameter", "get-tuple-element")
+        of = sizes if given else set().union(*(int8.get(name, ()) for name in re.findall(r"%[\w.-]+", operands)))
+        int8[name] = of_size("s8", result) & of
+        wide += not given and bool(of_size("bf16", result) & of)
+    return wide
 
 
 def lower_cycle(params: Params, state: loop.DecodeState, cfg: ModelConfig, trees: TreeSet) -> jax.stages.Lowered:
@@ -211,6 +226,9 @@ def plan_decode(
             print(
                 f"batch {batch}: a cycle of {tree_nodes} costs {ratio:.2f} of one token by XLA's estimate", flush=True
             )
+    if weights == "int8":
+        wide = sum(row["widened_weights"] for row in rows.values())
+        print(f"weights that a program writes out in bfloat16: {wide or 'none'}")
     run = {"model": name, "dtype": weights, "topology": topology, "chips": len(devices), "slots": slots}
     print(json.dumps({**run, "programs": rows}))
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks.plan_table import tree_lines
-from msn_jax.linear import linear
-from msn_jax.plan import estimated_seconds
+from msn_jax.linear import linear, round_int8
+from msn_jax.plan import estimated_seconds, widened_weights
 
 
 @pytest.mark.parametrize("read, seconds", [(819_000_000, 0.002), (8_190_000_000, 0.01)])
@@ -25,6 +25,29 @@ def test_a_tpu_multiplies_one_row_of_bfloat16_as_two(dtype, rows):
     text = jax.jit(linear).trace(x, w).lower(lowering_platforms=("tpu",)).as_text()
     (product,) = [line for line in text.splitlines() if "dot_general" in line]
     assert f"tensor<{'2x' if rows == 2 else '1x1x'}24x" in product.rpartition("->")[2]
+
+
+def test_a_weight_is_widened_where_an_array_of_its_size_is_made_of_it():
+    module = """
+%fused_computation.1 (p.0: s8[24,16]) -> bf16[4,24] {
+  %inside = bf16[24,16]{1,0} convert(%p.0)
+}
+ENTRY %main {
+  %p.0 = s8[24,16]{1,0} parameter(0)
+  %cache = bf16[12,32]{1,0} parameter(1)
+  %part.1 = bf16[24,16]{1,0:T(8,128)} slice(%cache), slice={[0:24]}
+  %rows = s8[24,16]{1,0} fusion(%cache), kind=kLoop, calls=%fused_computation.4
+  %entered = bf16[24,16]{1,0} convert(%rows)
+  %turned = s8[16,24]{1,0:T(8,128)(4,1)} fusion(%p.0), kind=kLoop, calls=%fused_computation.2
+  %fits = bf16[4,24]{1,0} fusion(%turned, %part.1), kind=kOutput, calls=%fused_computation.1
+"""
+    w = {"w": round_int8(jnp.ones((24, 16)), 1)}
+    assert widened_weights(module, w) == 0
+    for wide in (
+        "  %wide = bf16[24,16]{1,0:T(8,128)} fusion(%cache, %turned), kind=kLoop, calls=%fused_computation.3\n",
+        "  ROOT %c.2 = (bf16[16,24]{1,0}, s32[]) fusion(%turned), kind=kLoop, calls=%fused_computation.3\n",
+    ):
+        assert widened_weights(module + wide, w) == 1
 
 
 def test_a_table_of_trees_has_ratios_to_one_token():
