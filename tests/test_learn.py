@@ -2,19 +2,23 @@
 
 import argparse
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import learn
 from experiments.arm_training import Programs, Trainer, cosine, parse_arm
 from experiments.learn import check_arm
+from experiments.learn_table import part_of, trade_table
 from experiments.packed import pack, read_packed, write_packed
-from msn_jax import InputError, train_step
+from msn_jax import InputError, load, train_step
 from msn_jax.config import TrainConfig
 from msn_jax.io.adapters import load_adapter
 from msn_jax.params import stack_layers
+from msn_jax.records import kept_rows
 from msn_jax.sharding import make_mesh
 
 pytestmark = pytest.mark.slow
@@ -179,3 +183,70 @@ def test_a_dispatch_is_so_many_steps(one_layer, tmp_path, name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), trained, state.params)
     saved = load_adapter(tmp_path, cfg)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), saved, trained)
+
+
+def test_the_same_command_trains_what_is_left(tmp_path, tiny_ckpt, monkeypatch, capsys):
+    talk = lambda i: [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "abcdefgh" * 3 + str(i)}]
+    rows = lambda count: "".join(json.dumps({"messages": talk(i)}) + "\n" for i in range(count))
+    for name, count in (("own", 24), ("held", 4), ("tuning", 40)):
+        (tmp_path / f"{name}.jsonl").write_text(rows(count))
+    (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": 1, "category": "a", "turns": ["Go on."]}) + "\n")
+    out = tmp_path / "out"
+    flags = f"--ckpt {tiny_ckpt} --questions {tmp_path}/q.jsonl --replies {tmp_path} --tuning {tmp_path}/tuning.jsonl"
+    flags += f" --out {out} --tokens 64 --most_rows 16 --answer_batch 2 --dispatch 1 --max_new_tokens 4 --seeds 0,1"
+    flags += " --dtype float32 --methods jacobi:small13 --layers_methods draft-model:model4"
+
+    def run(*more: str) -> list[tuple]:
+        """What was trained in this call."""
+        before = len(kept_rows(out / "learn.jsonl"))
+        monkeypatch.setattr("sys.argv", ["learn", *flags.split(), *more])
+        learn.main()
+        new = kept_rows(out / "learn.jsonl")[before:]
+        return [(row["arm"], row["seed"]) for row in new if "steps" in row]
+
+    assert run("--rows_only") == [] and {file.name for file in out.glob("*.npz")} == {"rows-own.npz", "rows-tuning.npz"}
+    (tmp_path / "own.jsonl").unlink()  # rows come from their file
+    arms = ("--arms", "layers-1-r2@2x2,plain@2x2")
+    assert run(*arms, "--seconds", "1") == []
+    assert "no time for: layers-1-r2@2x2, seed 0; plain@2x2, seed 0; plain@2x2, seed 1" in capsys.readouterr().out
+    assert run(*arms) == [("layers-1-r2@2x2", 0), ("plain@2x2", 0), ("plain@2x2", 1)]
+    found = kept_rows(out / "learn.jsonl")
+    assert sum("answers" in row and "seed" in row for row in found) == 3
+    # Cut off before the last measurement: it is measured, and nothing is trained again.
+    last = max(i for i, row in enumerate(found) if "answers" in row)
+    (out / "learn.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found[:last]))
+    assert run(*arms) == []
+    assert sum("answers" in row and "seed" in row for row in kept_rows(out / "learn.jsonl")) == 3
+    assert load(tiny_ckpt, out / "layers-1-r2-2x2-seed0").draft.cfg.layers == 1
+
+
+def test_settings_are_set_against_plain_of_the_same_steps():
+    def records(arm, loss, forwards, **noise):
+        settings = {"kind": "ahead", "layout": "beside", "mark": True, "weight": 0.5, "anchors": 48, "target": "label"}
+        run = {"arm": arm, "seed": 0, "steps": 1, "step_s": 1.0, "held_out": {"loss": loss}}
+        run |= {"noise": settings | {"length": 4, "loss": "kl"} | noise, "lora": {"draft_only": False, "rank": 16}}
+        row = lambda method, forwards: {
+            "question_id": 1,
+            "method": method,
+            "tokens": 60,
+            "forwards": forwards,
+            "rep4_frac": 0.0,
+        }
+        answers = [row("jacobi:x", forwards), row("tr-jacobi:x", 30)]
+        return [run, {"arm": arm, "seed": 0, "methods": {"jacobi:x": {}, "tr-jacobi:x": {}}, "answers": answers}]
+
+    found = records("plain@9x8", 2.0, 60, kind="none") + records("plain@99x8", 1.0, 30, kind="none")
+    found += records("beside-marked@9x8", 2.02, 40) + records("beside-marked-model@99x8", 1.05, 20, target="model")
+    heads = records("medusa-4@9x8", 9.0, 10)
+    heads[0]["heads"] = {"kind": "medusa"}
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in trade_table(found + heads, "plain").split("\n")
+    ]
+    assert lines[2:-1] == [
+        ["beside, marked", "9x8", "1", "0.5", "48", "label", "4", "16", "+1.0%"]
+        + ["1.500 (1.500 to 1.500)", "1.000 (1.000 to 1.000)"],
+        ["beside, marked", "99x8", "1", "0.5", "48", "model, kl", "4", "16", "+5.0%"]
+        + ["1.500 (1.500 to 1.500)", "1.000 (1.000 to 1.000)"],
+    ]
+    assert {row["arm"] for row in part_of(found + heads, drafts=True)} == {"medusa-4@9x8"}
+    assert "medusa-4@9x8" not in {row["arm"] for row in part_of(found + heads, drafts=False)}
