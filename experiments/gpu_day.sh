@@ -5,11 +5,12 @@
 # layers and EAGLE 0.08 s. So the rivals take about 500 s in all, each setting 8 s a seed, and a start 20 to 80 s.
 #   bash experiments/gpu_day.sh pack QUESTIONS.jsonl REPLIES ROWS.jsonl.gz ...
 # here: fills pack/ (ignored by git) and prints the calls. REPLIES: a folder with own.jsonl and held.jsonl of an earlier
-# run of learn.py.
+# run of learn.py, or - where there is none: the GPU then answers the prompts of ROWS first, in 50 s more.
 #   bash experiments/gpu_day.sh run OUT SECONDS [more arguments of learn.py]
 # there, the same in every call: keeps what the call brought, and once all parts are there trains for so long, what is
 # left of the arms. What it found, and the adapters worth keeping, come back in OUT: at most 8 files of 16 MiB.
-# SMALL=1 rehearses it on a CPU, with a random tiny model.
+# SMALL=1 rehearses it on a CPU, with a random tiny model. Of learn.jsonl, as results/learning/gpu_day.jsonl,
+# experiments/results.py makes two sections; benchmarks/rivals.yaml finds the adapters under runs/gpu_day.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -31,13 +32,16 @@ pack() {
   shift 2
   # Every call carries this repository and one part, 64 MiB together.
   PYTHON=$python PART_BYTES=${PART_BYTES:-33000000} bash benchmarks/pack.sh "$questions" > /dev/null
-  "$python" -m experiments.learn --ckpt smollm2-135m-instruct --questions "$questions" --replies "$replies" \
-    --tuning "$@" --rows_only --out pack/rows
+  own=(--replies "$replies") && [ "$replies" != - ] || own=()
+  "$python" -m experiments.learn --ckpt smollm2-135m-instruct --questions "$questions" --tuning "$@" "${own[@]}" \
+    --rows_only --out pack/rows
   parts=(pack/part*)
   echo ${#parts[@]} > "pack/part0/parts"
   mv pack/wheels pack/part0/
-  mv pack/rows/rows-own.npz "${parts[1]}/"
-  mv pack/rows/rows-tuning.npz pack/questions.jsonl "${parts[-1]}/"
+  mv pack/rows/rows-tuning.npz "${parts[1]}/"
+  if [ "$replies" = - ]; then mkdir "${parts[-1]}/prompts" && cp "$@" "${parts[-1]}/prompts/"; fi
+  if [ "$replies" != - ]; then mv pack/rows/rows-own.npz "${parts[-1]}/"; fi
+  mv pack/questions.jsonl "${parts[-1]}/"
   rm -rf pack/rows pack/data pack/run.sh
   du -sh --apparent-size pack/part*
   git ls-files -z | du -ch --apparent-size --files0-from=- | tail -n 1
@@ -50,7 +54,8 @@ pack() {
 run() {
   out=$1 seconds=$2 kept=${KEPT:-/tmp/msn_jax_gpu_day} python=${PYTHON:-python3}
   shift 2
-  mkdir -p "$kept" "$out" runs/gpu_day
+  mkdir -p "$kept/learn" "$out" runs
+  [ -e runs/gpu_day ] || ln -s "$kept/learn" runs/gpu_day
   for file in pack/part*/*; do [ -e "$file" ] && cp -r "$file" "$kept/"; done
   there=("$kept"/w.*)
   if [ ! -f "$kept/parts" ] || [ "${#there[@]}" -lt "$(cat "$kept/parts")" ]; then
@@ -61,15 +66,16 @@ run() {
     "$python" -m pip install -q --no-index --no-deps --no-compile --target "$kept/site" "$kept"/wheels/*.whl
   fi
   [ -f runs/smollm2.gguf ] || cat "$kept"/w.* > runs/smollm2.gguf
-  cp -n "$kept"/rows-*.npz runs/gpu_day/
+  cp -u "$kept"/rows-*.npz runs/gpu_day/
   export PYTHONPATH="$kept/site:$PWD" PYTHONUNBUFFERED=1 TRANSFORMERS_VERBOSITY=error TF_CPP_MIN_LOG_LEVEL=2
   export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 XLA_FLAGS="--xla_gpu_enable_triton_gemm=false ${XLA_FLAGS:-}"
   export JAX_COMPILATION_CACHE_DIR="$kept/compiled" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=1
-  code=0
+  prompts=() code=0
+  if [ -d "$kept/prompts" ]; then prompts=(--prompts "$kept"/prompts/* --answer_seconds 50); fi
   timeout $((seconds + 30)) "$python" -m experiments.learn --ckpt runs/smollm2.gguf --base smollm2-135m-instruct \
     --questions "$kept/questions.jsonl" --out runs/gpu_day --arms "$ARMS" --seeds 0,1 --limit 52 --most_rows 16384 \
-    --answer_batch 512 --figure_seconds 15 --seconds "$seconds" ${SMALL:-} "$@" 2>&1 \
-    | tee "$out/log.txt" || code=$?
+    --answer_batch 512 --figure_seconds 15 --seconds "$seconds" ${SMALL:-} "${prompts[@]}" "$@" \
+    2>&1 | tee "$out/log.txt" || code=$?
   cp runs/gpu_day/learn.jsonl "$out/"
   for folder in runs/gpu_day/{medusa,eagle,layers,beside}-*-seed0; do
     name=$(basename "$folder")
@@ -83,5 +89,5 @@ run() {
 
 case ${1:-} in
   pack | run) "$@" ;;
-  *) sed -n '2,13s/^# \?//p' "$0" ;;
+  *) sed -n '2,15s/^# \?//p' "$0" ;;
 esac
