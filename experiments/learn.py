@@ -232,6 +232,9 @@ def main() -> None:
             whole, held, examples = read_packed(file, args.tokens)
         else:
             whole, held, examples = made_rows(kind, args, lm, fast)
+            if not len(whole["tokens"]) or not len(held["tokens"]):
+                name = "prompts" if kind == "own" else "tuning"
+                raise InputError(f"--{name}: too few rows to learn from and to hold out")
             write_packed(file, whole, held, examples)
         count = len(whole["tokens"])
         if kind == "own":
@@ -240,9 +243,6 @@ def main() -> None:
             filled = lambda x, n: np.pad(x[:n], ((0, max(0, n - len(x))), (0, 0)))
             whole = {name: filled(x, args.most_rows) for name, x in whole.items()}
             held = {name: filled(x, args.answer_batch) for name, x in held.items()}
-        if not count or not held["tokens"].any():
-            name = "prompts" if kind == "own" else "tuning"
-            raise InputError(f"--{name}: too few rows to learn from and to hold out")
         keep({kind: examples}, f"{kind}: {examples} examples in {count} packed rows")
         if not args.rows_only:
             whole = jax.device_put(whole)
@@ -313,8 +313,10 @@ def main() -> None:
                 left_out.append(f"{arm.name}, seed {seed}")
         except jax.errors.JaxRuntimeError as e:  # too little memory, say: the other arms go on
             failed.append(f"{arm.name}, seed {seed}: {first_line(e)}")
+    for future in ready.values():
+        future.result()
     compiling.shutdown(wait=False, cancel_futures=True)  # of arms that are left out
-    for future in (*ready.values(), *waiting):
+    for future in waiting:
         try:
             future.result()
         except jax.errors.JaxRuntimeError as e:

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -191,8 +192,10 @@ def test_the_same_command_trains_what_is_left(tmp_path, tiny_ckpt, monkeypatch, 
     for name, count in (("own", 24), ("held", 4), ("tuning", 40)):
         (tmp_path / f"{name}.jsonl").write_text(rows(count))
     (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": 1, "category": "a", "turns": ["Go on."]}) + "\n")
-    out = tmp_path / "out"
-    flags = f"--ckpt {tiny_ckpt} --questions {tmp_path}/q.jsonl --replies {tmp_path} --tuning {tmp_path}/tuning.jsonl"
+    ckpt, out = tmp_path / "ckpt", tmp_path / "out"
+    shutil.copytree(tiny_ckpt, ckpt)  # with a template that ends its replies
+    (ckpt / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}")
+    flags = f"--ckpt {ckpt} --questions {tmp_path}/q.jsonl --replies {tmp_path} --tuning {tmp_path}/tuning.jsonl"
     flags += f" --out {out} --tokens 64 --most_rows 16 --answer_batch 2 --dispatch 1 --max_new_tokens 4 --seeds 0,1"
     flags += " --dtype float32 --methods jacobi:small13 --layers_methods draft-model:model4"
 
