@@ -47,7 +47,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         allow_abbrev=False,  # "--plan" is looked for above, before anything is parsed
     )
     p.add_argument("--ckpt", help=f"checkpoint: {ACCEPTED}")
-    p.add_argument("--adapter", help=ADAPTER_HELP)
+    p.add_argument("--adapter", nargs="+", action="extend", metavar="DIR", help=ADAPTER_HELP)
     small = p.add_mutually_exclusive_group()
     small.add_argument("--draft_ckpt", help="a smaller checkpoint of the same vocabulary, for --method draft-model")
     small.add_argument("--draft_layers", type=int, help="or so many of the model's own first layers")
@@ -242,6 +242,8 @@ def settings_of(args: argparse.Namespace, lm) -> dict[str, object]:
     names += ["repetition_penalty"]
     drawn = ("top_k", "top_p", "min_p", "seed")
     given = {name: getattr(args, name) for name in names if args.temperature or name not in drawn}
+    if args.adapter:
+        given["adapter"] = ", ".join(args.adapter)
     return {"checkpoint": lm.name, "backend": lm.backend} | {k: v for k, v in given.items() if v is not None}
 
 
@@ -257,8 +259,8 @@ def main(argv: list[str] | None = None) -> None:
     config = DecodeConfig(**{name: value for name, value in vars(args).items() if name in fields})
     rows = None
     draft, by = given_draft(args)  # an impossible setting is refused before the weights are read
-    inputs = {"--prompts": args.prompts, "--tune": args.tune, "--ckpt": args.ckpt, "--adapter": args.adapter}
-    inputs["--draft_ckpt"] = args.draft_ckpt
+    inputs = {"--prompts": args.prompts, "--tune": args.tune, "--ckpt": args.ckpt}
+    inputs |= {"--adapter": args.adapter, "--draft_ckpt": args.draft_ckpt}
     outputs = {"--tune_out": args.tune_out, "--draft_memory": args.draft_memory}
     check_outputs({"--out": args.out, "--html": args.html, **outputs}, inputs)
     if args.prompts is not None or args.tune is not None:

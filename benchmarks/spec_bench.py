@@ -110,7 +110,9 @@ def answer_group(lm, group: list[dict], arms: dict[str, DecodeConfig]) -> list[d
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--ckpt", required=True)
-    p.add_argument("--adapter", nargs="+", help="directory of an adapter, or of several, see decode.py")
+    p.add_argument(
+        "--adapter", nargs="+", action="extend", metavar="DIR", help="of an adapter, or several, see decode.py"
+    )
     p.add_argument("--questions", required=True, help="JSONL with question_id, category, turns")
     p.add_argument(
         "--methods",

@@ -2,9 +2,11 @@
 
     python benchmarks/step_cost.py --ckpt smollm2-135m-instruct
     python benchmarks/step_cost.py --adapter DIR --nodes 1 --trees ahead8,ahead16
+    python benchmarks/step_cost.py --adapter DIR --nodes 1 --trees found,recycle8 --drafts
 
 All sizes take turns in one process. The floor is the time to read every weight and cached key and value once, at
-the best rate that any of several plain reads reaches in the same run.
+the best rate that any of several plain reads reaches in the same run. --drafts sets each of --trees beside its largest
+tree with the same drafts every time: the difference is what choosing a tree and drafting for it cost.
 """
 
 from __future__ import annotations
@@ -20,12 +22,33 @@ import numpy as np
 
 from msn_jax import DecodeConfig, InputError, init, kernels, load
 from msn_jax.decode import TreeSet, init_state, loop, tree_set
-from msn_jax.decode.tree import JACOBI, chain
+from msn_jax.decode.source import At, Source
+from msn_jax.decode.sources import drafters
+from msn_jax.decode.tree import JACOBI, PROBES, ROOT, TreeSpec, chain
 from msn_jax.io.loading import DTYPES
 from msn_jax.params import declare, round_params
 from msn_jax.records import print_record
 from msn_jax.shapes import SHAPES
 from msn_jax.terminal import run_command
+
+
+class Constant(Source):
+    """The same drafts every time, for which there is nothing to do."""
+
+    name = "constant"
+
+    def level(self, weights, carry, scratch, at: At, tokens):
+        return jnp.broadcast_to(jnp.asarray(at.nodes, jnp.int32), (len(tokens), len(at.nodes))), scratch
+
+
+def constant(tree: TreeSpec) -> TreeSet:
+    """A tree of the same shape, probes included, with constant drafts."""
+    names = [
+        own if {kind for kind, _ in wants} & {ROOT, *PROBES} else (Constant.name, 0)
+        for own, wants in zip(tree.sources, tree.wants, strict=True)
+    ]
+    spec = TreeSpec(f"{tree.name} constant", tree.parents, tuple(names))
+    return TreeSet(spec.name, (spec,), (0,), sources=(Constant(),))
 
 
 def measure(programs: dict, rounds: int) -> dict[str, np.ndarray]:
@@ -76,7 +99,8 @@ def main() -> None:
     p.add_argument("--dtype", default="float32", choices=DTYPES)
     p.add_argument("--rounds", type=int, default=30)
     p.add_argument("--trees", default="", help="names of trees to time as well, after the chains")
-    p.add_argument("--adapter", help="a draft-only adapter, for what --trees has of noise")
+    p.add_argument("--drafts", action="store_true", help="time --trees with constant drafts too")
+    p.add_argument("--adapter", nargs="+", action="extend", metavar="DIR", help="what --trees drafts with")
     args = p.parse_args()
     if args.ckpt in SHAPES:
         if args.adapter:
@@ -86,7 +110,7 @@ def main() -> None:
         params = round_params(params, declare(cfg)) if args.dtype == "int8" else params
     else:
         lm = load(args.ckpt, adapter=args.adapter, dtype=args.dtype)
-        cfg, params, drafter = lm.cfg, lm.params, lm.drafter
+        cfg, params, drafter = lm.cfg, lm.params, drafters(lm)
 
     filled = args.filled or args.slots // 2
     prompts = [[1] * filled] * args.batch_size
@@ -94,10 +118,14 @@ def main() -> None:
     for nodes in map(int, args.nodes.split(",")):
         tree = chain(nodes - 1, JACOBI)
         sets[str(nodes)] = TreeSet(tree.name, (tree,), (0,))
-    sets |= {name: tree_set("tr-jacobi", name) for name in args.trees.split(",") if name}
+    named = {name: tree_set("tr-jacobi", name) for name in args.trees.split(",") if name}
+    sets |= named
+    if args.drafts:
+        sets |= {f"{name} constant": constant(trees.trees[-1]) for name, trees in named.items()}
     for name, trees in sets.items():
         settings = DecodeConfig(max_new_tokens=args.slots - filled - 64)
         state = init_state(cfg, trees, prompts, settings, (), slots=args.slots, dtype=params.embed.dtype)
+        state = state.replace(tree=jnp.int32(len(trees.trees) - 1))  # the largest, whatever is chosen
         cycle = partial(jax.jit, donate_argnums=1)(partial(loop.step, cfg=cfg, trees=trees))
         states[name] = state
 
@@ -118,7 +146,8 @@ def main() -> None:
     one = np.median(seconds[first])
     sizes = f"{weights / 1e6:.0f} MB of weights, {cached / 1e6:.0f} MB of cache"
     print(f"{sizes}, read at {bytes_per_s / 1e9:.1f} GB/s: floor {1e3 * floor:.1f} ms")
-    print(f"{'nodes':>8} {'ms a pass':>9} {'min':>7} {'to first':>8} {'to floor':>8}")
+    wide = max(8, *map(len, seconds))
+    print(f"{'nodes':>{wide}} {'ms a pass':>9} {'min':>7} {'to first':>8} {'to floor':>8}")
     rows = {}
     for name, t in seconds.items():
         # The ratio to the first is taken round by round: the machine's speed drifts, both drift with it.
@@ -129,8 +158,13 @@ def main() -> None:
             "ratio_to_first": round(ratio, 3),
             "ratio_to_floor": round(float(np.median(t)) / floor, 3),
         }
-        row = rows[name]
-        print(f"{name:>8} {row['ms']:>9.1f} {row['min_ms']:>7.1f} {ratio:>8.2f} {row['ratio_to_floor']:>8.2f}")
+        row, drafts = rows[name], ""
+        if args.drafts and name in named:
+            # Round by round, as the ratio to the first.
+            row["ratio_to_constant"] = round(float(np.median(t / seconds[f"{name} constant"])), 3)
+            drafts = f"  {row['ratio_to_constant']:.3f} of constant drafts"
+        figures = f"{row['ms']:>9.1f} {row['min_ms']:>7.1f} {ratio:>8.2f} {row['ratio_to_floor']:>8.2f}"
+        print(f"{name:>{wide}} {figures}{drafts}")
     print_record(
         xla_flags=os.environ.get("XLA_FLAGS", ""),
         dtype=args.dtype,

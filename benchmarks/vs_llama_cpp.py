@@ -133,7 +133,9 @@ def measure(args: argparse.Namespace, dtype: str, questions: list[dict], model: 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--ckpt", required=True, help="a .gguf file, or smollm2-135m-instruct")
-    p.add_argument("--adapter", help="directory of an adapter, see decode.py")
+    p.add_argument(
+        "--adapter", nargs="+", action="extend", metavar="DIR", help="of an adapter, or several, see decode.py"
+    )
     p.add_argument("--questions", required=True, help="JSONL with question_id, category, turns; first turns are asked")
     p.add_argument("--limit", type=int, default=9, help="questions, spread over the categories")
     p.add_argument("--llama_python", default=sys.executable, help="the Python of the environment of llama-cpp-python")

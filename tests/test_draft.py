@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import decode_all
+from test_ngrams import table_of
+from test_source import PROMPTS
 
 from experiments import tree_search
 from msn_jax import DecodeConfig, InputError, forward, generate, unembed
 from msn_jax.adapters import Parts, init_trained
 from msn_jax.config import LoraConfig, NoiseConfig
-from msn_jax.decode import TreeSet, init_state, prefill, step, tree_set
+from msn_jax.decode import TREE_SETS, TreeSet, init_state, prefill, step, tree_set
 from msn_jax.decode.tree import EITHER, RETRIEVAL, branching, chain
 from msn_jax.io.adapters import load_adapter, save_adapter
 from msn_jax.objectives.draft_only import drafted, loss_sums
@@ -145,6 +147,19 @@ def test_replies_are_those_of_the_model_alone(tiny, drafter, settings):
     assert drafted == plain
     without, _ = decode_all(params, cfg, NOISY, prompts, **settings)
     assert (state.accepted != without.accepted).any()  # the adapter did something
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "seed": 3}], ids=["greedy", "sampled"])
+def test_noise_beside_ngrams_and_retrieval_changes_no_token(tiny, drafter, settings, batch):
+    cfg, params = tiny
+    settings, prompts, trees = {"max_new_tokens": 40, **settings}, PROMPTS[-batch:], TREE_SETS["both"]
+    _, plain = decode_all(params, cfg, TREE_SETS["root"], prompts, **settings)
+    # n-grams of half of each reply.
+    table = table_of([(prompt, reply[:20]) for prompt, reply in zip(prompts, plain, strict=True)], buckets=1024)
+    state, drafted = decode_all(params, cfg, trees, prompts, drafter={"jacobi": drafter, "ngrams": table}, **settings)
+    assert drafted == plain and state.forwards.max() < 40
+    assert (state.drafts["jacobi"] >= 0).any()  # the noise had a say
 
 
 def test_saved_in_half_precision_and_read_back(tiny, adapter, tmp_path):

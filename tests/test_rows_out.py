@@ -108,6 +108,8 @@ def test_outputs_that_are_inputs_are_refused(tmp_path):
         with pytest.raises(InputError, match=f"--out .*: .*{why}"):
             check_outputs({"--out": out}, {"--ckpt": str(ckpt), "--prompts": str(prompts)})
     check_outputs({"--out": str(ckpt / "answers.jsonl")}, {"--ckpt": str(ckpt)})
+    with pytest.raises(InputError, match="is a file of --adapter .*ckpt"):
+        check_outputs({"--out": str(ckpt / "config.json")}, {"--adapter": [str(tmp_path / "x"), str(ckpt)]})
     with pytest.raises(InputError, match="--html .* is also --out"):
         check_outputs({"--out": str(tmp_path / "a"), "--html": str(tmp_path / "a.partial")}, {})
     assert sorted(os.listdir(tmp_path)) == ["ckpt", "out.jsonl.partial", "x"]

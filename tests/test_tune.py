@@ -74,27 +74,27 @@ def test_nodes_are_added_by_what_they_bring():
 
 
 def test_a_set_has_for_each_match_what_pays():
-    trees, figures = tune.build(CYCLES, {1: 1.0, 2: 1.1, 3: 1.2, 8: 9.0}, "made", noise=False)
+    trees, figures = tune.build(CYCLES, {1: 1.0, 2: 1.1, 3: 1.2, 8: 9.0}, "made", noise=0)
     # Without a match two recycled nodes, with a long one two retrieved ones: 2 and 3 tokens for 1.2.
     assert [tree.size for tree in trees.trees] == [3, 3] and trees.min_match == (0, 6)
     assert trees.trees[0].sources == ((ROOT, 0), (RECYCLING, 0), (RECYCLING, 1))
     assert trees.trees[1].sources == ((ROOT, 0), (RETRIEVAL, 0), (RETRIEVAL, 0))
     assert trees.worth[0][0] == 2 and trees.worth[1][-1] == 3 and trees.cost == (1200, 1200)
     assert figures == {"tokens_a_pass": 2.5, "ratio_to_one_token": 2.083, "nodes": [3, 3]}
-    dear, _ = tune.build(CYCLES, {1: 1.0, 2: 9.0, 8: 9.0}, "dear", noise=False)
+    dear, _ = tune.build(CYCLES, {1: 1.0, 2: 9.0, 8: 9.0}, "dear", noise=0)
     assert [tree.size for tree in dear.trees] == [1]
 
 
 def test_a_cut_tree_keeps_second_choices_and_noise():
-    tree = tune.cut_out(HAND, [1, 3, 4, 5], "cut", noise=True)
-    assert tree.parents == (-1, 0, 0, 0, 3, 0, 1, 2, 3)
+    tree = tune.cut_out(HAND, [1, 3, 4, 5], "cut", noise=3)
+    assert tree.parents == (-1, 0, 0, 0, 3, 0, 5, 6)
     second = ((RECYCLING, 0), (RECYCLING, 1)), ((RECYCLING, 1), (RECYCLING, 2))
-    assert tree.sources == ((ROOT, 0), (RETRIEVAL, 0), *second, (RECYCLING, 0), *[(NOISE, 0)] * 4)
+    assert tree.sources == ((ROOT, 0), (RETRIEVAL, 0), *second, (RECYCLING, 0), *[(NOISE, 0)] * 3)
 
 
 @pytest.mark.slow
 def test_tuned_sets_are_written_and_read_back(tmp_path, lm, monkeypatch):
-    monkeypatch.setattr(tune, "costs", lambda lm, batch: {1: 1.0, 8: 1.0 + 0.1 * batch, 64: 9.0})
+    monkeypatch.setattr(tune, "costs", lambda lm, batch, noise: {1: 1.0, 8: 1.0 + 0.1 * batch, 64: 9.0})
     said = []
     sets, figures = tune.tune(lm, PROMPTS, batches=(1, 8), max_new_tokens=30, say=said.append)
     path = tmp_path / "trees.json"
@@ -136,13 +136,35 @@ def some_head(lm, name):
 @pytest.mark.parametrize("method,name", [("medusa", MEDUSA), ("eagle", EAGLE), ("draft-model", DRAFT_MODEL)])
 def test_trees_of_one_source_alone(lm, monkeypatch, method, name):
     lm = SimpleNamespace(**vars(lm) | some_head(lm, name), activations=jnp.float32)
-    monkeypatch.setattr(tune, "costs", lambda lm, batch: {1: 1.0, 64: 1.0})
+    monkeypatch.setattr(tune, "costs", lambda lm, batch, noise: dict.fromkeys(range(1, 65), 1.0))
     sets, figures = tune.tune(lm, PROMPTS[:2], batches=(1,), max_new_tokens=20, method=method, say=str)
     (tree,) = sets[1].trees
     assert figures["method"] == method and set(sets[1].names) <= {name} and tree.size > 1
     with pytest.raises(InputError, match=f"no trees for ngrams: tiny .* accepted: tr-jacobi, lookup, {method}"):
         tune.tune(lm, PROMPTS, method="ngrams")
     assert tune.pass_seconds(lm, 4, 1, slots=256, cycles=2, rounds=1) > 0
+
+
+@pytest.mark.parametrize("dear", [1.0, 2.0])
+def test_noise_stays_where_it_brings_more_than_it_costs(lm, monkeypatch, dear):
+    spec = TreeSpec("both", (-1, 0, 0), ((ROOT, 0), ((JACOBI, 0), (RECYCLING, 0)), (RECYCLING, 0)))
+    right = np.array([[1, 1, 0], [1, 1, 1]], bool)
+    monkeypatch.setattr(tune, "survey", lambda *_, **__: tune.Cycles(spec, right, np.zeros(2, int)))
+    monkeypatch.setattr(tune, "costs", lambda lm, batch, noise: {1: 1.0, 2: 1.1, 4: 1.1 * dear if noise else 1.1})
+    lm = SimpleNamespace(**vars(lm) | {"drafter": SimpleNamespace(noise_embed=np.zeros((2, 4)))})
+    sets, figures = tune.tune(lm, PROMPTS, batches=(1,), say=str)
+    # 2 tokens for 1.1 with noise, 1.5 without.
+    assert [tree.size for tree in sets[1].trees] == ([4] if dear == 1 else [2])
+    assert (NOISE in sets[1].names) == (dear == 1) and figures["batches"][1]["noise"] == (2 if dear == 1 else 0)
+
+
+def test_a_tree_has_a_size_that_was_timed():
+    drafts = (-1, *[0] * 5)
+    wide = TreeSpec("wide", drafts, ((ROOT, 0), *[(RECYCLING, rank) for rank in range(5)]))
+    right = np.eye(6, dtype=bool) | (np.arange(6) == 0)[None]
+    cycles = tune.Cycles(wide, right, np.zeros(6, int))
+    trees, _ = tune.build(cycles, {1: 1.0, 4: 1.01, 8: 1.3}, "sizes", noise=0)
+    assert trees.trees[0].size == 4  # 5 and 6 would seem to be worth it, but nobody has timed them
 
 
 def test_with_ngrams_the_survey_asks_them_in_place_of_recycling():
@@ -158,7 +180,11 @@ def test_with_ngrams_the_survey_asks_them_in_place_of_recycling():
 
 def test_with_an_adapter_the_survey_asks_noise_too():
     tree = tune.survey_tree(4)
-    assert tree.kind(NOISE).sum() > 5 and tree.kind(JACOBI).sum() > 10
+    assert tree.follow[0, :4].tolist() == np.flatnonzero(tree.kind(NOISE)).tolist() and tree.noise_depth.max() == 4
+    # Where it predicts nothing, others draft; but not in trees of one source.
+    first = lambda tree: next(wants for wants in tree.wants if wants[0] == (JACOBI, 0))
+    assert first(tree) == ((JACOBI, 0), (RECYCLING, 0)) and first(tune.survey_tree(4, alone=True)) == ((JACOBI, 0),)
+    assert first(tune.survey_tree(4, NGRAMS)) == ((JACOBI, 0), (NGRAMS, 0)) and tree.kind(JACOBI).sum() > 10
     assert not tune.survey_tree(0).kind(NOISE, JACOBI).any()
 
 

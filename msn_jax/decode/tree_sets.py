@@ -40,6 +40,11 @@ _AHEAD_16 = (
     (ROOT, 0),
     *(_J[0], _J[0], (_FOUND, _J[1]), (_J[1], _J[2]), (_FOUND, _J[0]), (_J[3], _J[4]), _FOUND, _J[1], _J[0]),
 )
+# A retrieved chain that n-grams continue, the noise's candidate beside it and below itself, n-grams where it has none.
+_R, _N, _AHEAD = (_FOUND, (NGRAMS, 0)), ((NGRAMS, 0), (NGRAMS, 1)), (_J[0], (NGRAMS, 0))
+_BESIDE = ((_J[0], *_N), (*_N, (NGRAMS, 2)), ((RETRIEVAL, 1), _J[1], (NGRAMS, 2)), _AHEAD, _N, _AHEAD, (_J[0], _N[1]))
+_BOTH_16 = TreeSpec("both16", (-1, 0, 1, 2, 3, 4, 0, 0, 0, 6, 6, 9, 1), ((ROOT, 0), *[_R] * 5, *_BESIDE))
+_BOTH_LONG = TreeSpec("both16long", (*range(-1, 10), 0, 11), ((ROOT, 0), *[_R] * 10, (_J[0], *_N), _AHEAD))
 _DRAFT_16, _NOISE_16 = {(): 6, (0,): 2}, {(): 2, (0,): 2, (1,): 2, (0, 0): 1}
 
 # How often a recycled token of each rank is the next one.
@@ -90,6 +95,8 @@ _TREES = (
     likely("found8long", 0, _ODDS, NGRAMS, retrieval=7),
     likely("found16", 8, _ODDS, NGRAMS, retrieval=7),
     likely("found64", 48, _ODDS, NGRAMS, retrieval=15),
+    with_noise(_BOTH_16, {0: 3}),
+    with_noise(_BOTH_LONG, {0: 2, 10: 1}),
     likely("mix16", 8, _ODDS, RECYCLING, retrieval=7),
     likely("mix64", 48, _ODDS, RECYCLING, retrieval=15),
     # For a draft-only adapter where a pass of many nodes costs little: all sources, and noise under many ends.
@@ -109,6 +116,8 @@ TREE_SETS: dict[str, TreeSet] = {name: TreeSet(name, (tree,), (0,)) for name, tr
     "adaptive4": TreeSet("adaptive4", (_ROOT, _BY_NAME["chain4"]), (0, 1)),
     # Where the text's end stood before, a longer chain of what followed; n-grams else. The threshold is that above.
     "found": TreeSet("found", (_BY_NAME["found8"], _BY_NAME["found8long"]), (0, 4)),
+    # n-grams and a draft-only adapter: the most tokens a pass of at most 16 nodes, by simulation on held-out replies.
+    "both": TreeSet("both", (_BY_NAME["both16"], _BY_NAME["both16long"]), (0, 4)),
 }
 
 # What each method drafts with; None: whatever the trees name.
@@ -171,7 +180,8 @@ def _default(method: str, backend: str, draft_only: bool, batch: int, ngrams: bo
         narrow = "found" if ngrams else "adaptive"
         return f"{narrow}4" if batch <= 2 else f"{narrow}2" if batch <= 4 else "root"
     if ngrams:
-        # CPU: measured (LOG.md). Elsewhere by the widths below.
+        # CPU: measured (LOG.md); noise beside them brings fewer tokens than its nodes cost. Elsewhere by the widths
+        # below.
         return "found" if backend == "cpu" else "found16" if backend == "tpu" or batch > 1 else "found64"
     if backend == "cpu" or (backend == "tpu" and batch > 1):
         # CPU: measured by benchmarks/step_cost.py and spec_bench.py (LOG.md). TPU, by XLA's estimates for Llama-3-8B

@@ -28,8 +28,8 @@ from msn_jax.decode.tree import (
     JACOBI,
     LONGEST_MATCH,
     MEDUSA,
+    NAMES,
     NGRAMS,
-    NOISE,
     PROBES,
     RECYCLING,
     RETRIEVAL,
@@ -37,12 +37,13 @@ from msn_jax.decode.tree import (
     TreeSet,
     TreeSpec,
     likely,
+    with_noise,
 )
 from msn_jax.decode.tree_sets import USES
 from msn_jax.errors import InputError
 
 BATCHES = (1, 4, 8, 32)
-NODES = (1, 2, 4, 8, 16, 32, 64)
+NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)  # sizes of trees: what a pass of others costs is not known
 CHUNK = 64  # tokens of a prefill pass
 WORTHLESS = 3.5  # no tree pays for a pass that takes so many times that of one token
 FROM = (0, 1, 3, 6)  # matches from which on another tree may be taken
@@ -79,10 +80,16 @@ def strongest(lm) -> str:
     return next((name for name, own in known if own is not None), RECYCLING)
 
 
-def survey_tree(depths: int, known: str = RECYCLING) -> TreeSpec:
+def _noise(lm) -> int:
+    """Noise tokens in a row that its adapter knows."""
+    return 0 if lm.drafter is None else len(lm.drafter.noise_embed)
+
+
+def survey_tree(depths: int, known: str = RECYCLING, alone: bool = False) -> TreeSpec:
     """Every source beside every other: a tree of the source `known`, a long chain of the best continuation and a short
     one of the second, each with `known` under it; with an adapter for `depths` noise tokens its candidates too.
-    n-grams stand in the long chain too, where nothing was retrieved."""
+    n-grams stand in the long chain too, where nothing was retrieved; and `known` where the noise predicts nothing, but
+    not with `alone`, for trees of one source."""
     parents, sources = [-1], [(ROOT, 0)]
 
     def hang(parent: int, *wants: tuple[str, int]) -> int:
@@ -100,24 +107,19 @@ def survey_tree(depths: int, known: str = RECYCLING) -> TreeSpec:
             node = hang(node, (RETRIEVAL, rank), *([(NGRAMS, 0)] if known == NGRAMS and rank == 0 else []))
             for candidate in range(2 if place < 3 else 0):
                 hang(node, (known, candidate))
-    ends = [0]
     if depths:
-        firsts = [hang(0, (JACOBI, rank)) for rank in range(8)]
+        ahead = lambda parent, rank: hang(parent, (JACOBI, rank), *([] if alone else [(known, rank)]))
+        firsts = [ahead(0, rank) for rank in range(8)]
         for first in firsts[:3]:
             for rank in range(3):
-                second = hang(first, (JACOBI, rank))
-                hang(second, (RECYCLING, 0))
-            hang(first, (RECYCLING, 0))
-            hang(first, (RECYCLING, 1))
-        ends += [node for node, parent in enumerate(parents) if parent == 0]
+                second = ahead(first, rank)
+                for third in range(2):
+                    ahead(second, third)
+                    hang(second, (known, third))
+            for candidate in range(2):
+                hang(hang(first, (known, candidate)), (known, 0))
     hang(0, ("survey", 0))
-    for node in ends if depths else []:
-        parents.append(node)
-        sources.append((NOISE, 0))
-        if node == 0 and depths > 1:
-            parents.append(len(parents) - 1)
-            sources.append((NOISE, 0))
-    return TreeSpec("survey", tuple(parents), tuple(sources), twins=True)
+    return with_noise(TreeSpec("survey", tuple(parents), tuple(sources), twins=True), {0: depths})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,9 +138,9 @@ class Cycles:
         return dataclasses.replace(self, right=self.right & ~under)
 
 
-def survey(lm, prompts: Sequence[list[int]], max_new_tokens: int, batch: int = 4) -> Cycles:
-    """Decode the prompts (token ids) greedily with the survey's tree."""
-    tree = survey_tree(0 if lm.drafter is None else len(lm.drafter.noise_embed), strongest(lm))
+def survey(lm, prompts: Sequence[list[int]], max_new_tokens: int, batch: int = 4, alone: bool = False) -> Cycles:
+    """Decode the prompts (token ids) greedily with the survey's tree. alone: see `survey_tree`."""
+    tree = survey_tree(_noise(lm), strongest(lm), alone)
     trees = with_made_sources(TreeSet("survey", (tree,), (0,), sources=(Survey(),)), lm)
     slots = loop.bucket(max(loop.slots_needed(len(p), max_new_tokens, trees.width, CHUNK) for p in prompts))
     settings = DecodeConfig(max_new_tokens=max_new_tokens)
@@ -166,12 +168,12 @@ def _matches(tokens, roots):
     return jax.lax.map(lambda root: retrieve(tokens[None], root[None], 1)[1][0], roots)
 
 
-def pass_seconds(lm, nodes: int, batch: int, slots: int = 512, cycles: int = 4, rounds: int = 3) -> float:
-    """The time of one cycle with so many nodes of the source that is asked, at half-full slots; with an adapter a
-    quarter of them are noise."""
-    noise = nodes // 4 if lm.drafter is not None else 0
-    tree = likely("cost", nodes - 1 - noise, ODDS, strongest(lm))
-    tree = TreeSpec("cost", (*tree.parents, *range(noise)), (*tree.sources, *[(NOISE, 0)] * noise))
+def pass_seconds(
+    lm, nodes: int, batch: int, noise: int = 0, slots: int = 512, cycles: int = 4, rounds: int = 3
+) -> float:
+    """The time of one cycle with so many nodes of the source that is asked, `noise` of them noise, at half-full
+    slots."""
+    tree = with_noise(likely("cost", nodes - 1 - noise, ODDS, strongest(lm)), {0: noise})
     trees = with_made_sources(TreeSet("cost", (tree,), (0,)), lm)
     prompt = np.random.default_rng(0).integers(0, lm.cfg.vocab_size, slots // 2).tolist()
     settings = DecodeConfig(max_new_tokens=slots // 4)
@@ -188,11 +190,14 @@ def pass_seconds(lm, nodes: int, batch: int, slots: int = 512, cycles: int = 4, 
     return min(times[1:])
 
 
-def costs(lm, batch: int) -> dict[int, float]:
-    """Seconds of a pass by its nodes, up to where no tree can pay for it."""
+def costs(lm, batch: int, noise: int = 0) -> dict[int, float]:
+    """Seconds of a pass by its nodes, `noise` of them noise but in that of a root alone, up to where no tree can pay
+    for it."""
     seconds: dict[int, float] = {}
     for nodes in NODES:
-        seconds[nodes] = pass_seconds(lm, nodes, batch)
+        if 1 < nodes <= 1 + noise:
+            continue
+        seconds[nodes] = pass_seconds(lm, nodes, batch, noise if nodes > 1 else 0)
         if seconds[nodes] > WORTHLESS * seconds[NODES[0]]:
             break
     return seconds
@@ -217,10 +222,11 @@ def grow(cycles: Cycles, which: np.ndarray, most: int) -> tuple[list[int], list[
     return chosen[1:], tokens
 
 
-def cut_out(tree: TreeSpec, nodes: Sequence[int], name: str, noise: bool) -> TreeSpec:
+def cut_out(tree: TreeSpec, nodes: Sequence[int], name: str, noise: int) -> TreeSpec:
     """The tree of these drafts. A node with a sibling from elsewhere takes the next rank where that one has its token.
 
-    noise: hang noise under the root, under its first three children and under the first child of the first.
+    noise: how many noise nodes in a row hang under the root, as in the survey: where drafts are accepted, the rest of
+    them still predicts what comes after these.
     """
     kept, parents, sources, kinds = {0: 0}, [-1], [(ROOT, 0)], [{ROOT}]
     for node in sorted(nodes):
@@ -231,12 +237,7 @@ def cut_out(tree: TreeSpec, nodes: Sequence[int], name: str, noise: bool) -> Tre
         parents.append(above)
         kinds.append(own)
         sources.append((*wants, (kind, rank + 1)) if others else tree.sources[node])
-    ends = [0, *[n for n, parent in enumerate(parents) if parent == 0][:3]]
-    ends += [n for n, parent in enumerate(parents) if parent == ends[1]][:1] if len(ends) > 1 else []
-    for end in ends if noise else []:
-        parents.append(end)
-        sources.append((NOISE, 0))
-    return TreeSpec(name, tuple(parents), tuple(sources))
+    return with_noise(TreeSpec(name, tuple(parents), tuple(sources)), {0: noise})
 
 
 def tokens_of(cycles: Cycles, which: np.ndarray, nodes: Sequence[int]) -> float:
@@ -250,7 +251,7 @@ def _within(cycles: Cycles, low: int, high: int) -> np.ndarray:
 
 
 def build(
-    cycles: Cycles, seconds: dict[int, float], name: str, noise: bool, begins: tuple[int, ...] = FROM
+    cycles: Cycles, seconds: dict[int, float], name: str, noise: int, begins: tuple[int, ...] = FROM
 ) -> tuple[TreeSet, dict[str, Any]]:
     """The set with the most tokens a second: for each range of matches, which begin as said, a tree of its own size."""
     cost = lambda nodes: float(np.interp(nodes, list(seconds), list(seconds.values())))
@@ -263,19 +264,19 @@ def build(
     ends = [*starts[1:], LONGEST_MATCH + 1]
     ranges = [_within(cycles, low, high) for low, high in zip(starts, ends, strict=True)]
     grown = [grow(cycles, which, most - 1) for which in ranges]
-    extra = 5 if noise else 0
-    size = lambda drafts: 1 + drafts + (extra if drafts else 0)
+    size = lambda drafts: 1 + drafts + (noise if drafts else 0)
     rate, sizes = 1 / cost(1), []
     for _ in range(20):  # Dinkelbach: the best sizes at a rate give a better rate, until it stays
         value = lambda tokens, drafts: tokens - rate * cost(size(drafts))  # noqa: B023
-        fits = [[d for d in range(len(tokens)) if size(d) <= most] for _, tokens in grown]
+        # Of sizes that were timed: between them the cost is no straight line.
+        fits = [[d for d in range(len(tokens)) if size(d) in seconds] for _, tokens in grown]
         sizes = [max(f, key=lambda d: value(tokens[d], d)) for f, (_, tokens) in zip(fits, grown, strict=True)]  # noqa: B023
         total = sum(w.sum() * tokens[d] for w, d, (_, tokens) in zip(ranges, sizes, grown, strict=True))
         spent = sum(w.sum() * cost(size(d)) for w, d in zip(ranges, sizes, strict=True))
         rate = total / spent
     drafts = [sorted(nodes[:d]) for d, (nodes, _) in zip(sizes, grown, strict=True)]
     first = [i for i, nodes in enumerate(drafts) if i == 0 or nodes != drafts[i - 1]]
-    specs = tuple(cut_out(cycles.tree, drafts[i], f"{name}-{starts[i]}", noise and bool(drafts[i])) for i in first)
+    specs = tuple(cut_out(cycles.tree, drafts[i], f"{name}-{starts[i]}", noise if drafts[i] else 0) for i in first)
     repeat = np.diff([*starts, LONGEST_MATCH + 1])
     worth = tuple(
         tuple(np.repeat([round(tokens_of(cycles, which, drafts[i]), 4) for which in ranges], repeat).tolist())
@@ -328,17 +329,24 @@ def tune(
             f"no trees for {method}: {lm.name} has not what it drafts with; accepted: {', '.join(accepted)}"
         )
     say(f"decoding {len(prompts)} prompts with the widest tree, then timing passes of {NODES[0]} to {NODES[-1]} nodes")
-    cycles = survey(lm, prompts, max_new_tokens)
-    begins, noise = FROM, lm.drafter is not None
+    cycles, begins, noise = survey(lm, prompts, max_new_tokens, alone=uses is not None), FROM, _noise(lm)
     if uses is not None:
         # Without retrieval nothing chooses between trees.
-        cycles, begins, noise = cycles.only(uses), FROM if RETRIEVAL in uses else FROM[:1], noise and JACOBI in uses
+        cycles, begins = cycles.only(uses), FROM if RETRIEVAL in uses else FROM[:1]
     say(f"surveyed {len(cycles.match)} passes of {len(prompts)} prompts")
+    # Noise makes each pass of a set dearer, so that trees without it may be the faster ones.
+    kinds = [] if uses == USES["jacobi"] and noise else [(cycles.only({*NAMES} - {JACOBI}), 0)]
+    kinds += [(cycles, noise)] if noise and (uses is None or JACOBI in uses) else []
     sets, by_batch = {}, {}
     for batch in batches:
-        seconds = costs(lm, batch)
-        sets[batch], figures = build(cycles, seconds, f"tuned{batch}", noise, begins)
-        by_batch[batch] = {**figures, "cost_ms": {n: round(1e3 * s, 3) for n, s in seconds.items()}}
+        found = []
+        for seen, length in kinds:
+            seconds = costs(lm, batch, length)
+            trees, figures = build(seen, seconds, f"tuned{batch}", length, begins)
+            cost_ms = {n: round(1e3 * s, 3) for n, s in seconds.items()}
+            found.append((trees, {**figures, "noise": length, "cost_ms": cost_ms}))
+        sets[batch], figures = max(found, key=lambda one: one[1]["ratio_to_one_token"])
+        by_batch[batch] = figures
         nodes = ", ".join(map(str, figures["nodes"]))
         expected = f"{figures['tokens_a_pass']} tokens a pass, {figures['ratio_to_one_token']} of ar's speed"
         say(f"batch {batch}: trees of {nodes} nodes; expected: {expected}")

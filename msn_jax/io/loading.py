@@ -47,7 +47,8 @@ ACCEPTED = (
 )
 ADAPTER_HELP = (
     "directory of train.py's or of n-grams, or a PEFT adapter (directory, .safetensors, hub id); low-rank matrices are "
-    "merged into the weights, a draft-only adapter, one of first layers, heads and n-grams only draft"
+    "merged into the weights, a draft-only adapter, one of first layers, heads and n-grams only draft, and together "
+    "where several are given"
 )
 DTYPES = ("float32", "bfloat16", "int8")
 SMOLLM2 = "smollm2-135m-instruct"

@@ -8,7 +8,7 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,12 +22,13 @@ except ImportError:  # Windows: two processes with one output are not told apart
 STDOUT = ("-", "/dev/stdout")
 
 
-def check_outputs(outputs: Mapping[str, str | None], inputs: Mapping[str, str | None]) -> None:
+def check_outputs(outputs: Mapping[str, str | None], inputs: Mapping[str, str | Sequence[str] | None]) -> None:
     """Raise InputError now where an output could not be written later, or would take the place of an input.
 
-    Both are paths by the flags that name them; None: not given. An input may be a folder.
+    Both are paths by the flags that name them; None: not given. An input may be a folder, or several paths.
     """
-    taken = {Path(path).resolve(): f"{flag} {path}" for flag, path in inputs.items() if path}
+    given = [(flag, [paths] if isinstance(paths, str) else paths or []) for flag, paths in inputs.items()]
+    taken = {Path(path).resolve(): f"{flag} {path}" for flag, paths in given for path in paths}
     for flag, path in outputs.items():
         if path is None or path in STDOUT:
             continue

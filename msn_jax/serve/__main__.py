@@ -33,7 +33,7 @@ def main() -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("--ckpt", required=True, help=f"checkpoint: {ACCEPTED}")
-    p.add_argument("--adapter", help=ADAPTER_HELP)
+    p.add_argument("--adapter", nargs="+", action="extend", metavar="DIR", help=ADAPTER_HELP)
     small = p.add_mutually_exclusive_group()
     small.add_argument("--draft_ckpt", help="a smaller checkpoint of the same vocabulary, for --method draft-model")
     small.add_argument("--draft_layers", type=int, help="or so many of the model's own first layers")
