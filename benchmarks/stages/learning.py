@@ -14,7 +14,7 @@ from msn_jax.records import kept_rows
 ROOT = Path(__file__).parents[2]
 ARMS = "draft-r28"
 SMALL = "--small --arms draft-r4@2x2 --answer_batch 4 --answer_seconds 5 --max_new_tokens 16"
-SMALL += " --tokens 128 --most_rows 64 --dispatch 1"
+SMALL += " --tokens 128 --most_rows 64 --dispatch 1 --figure_seconds 1"
 
 
 def run(stage: Stage, args) -> None:
