@@ -83,6 +83,9 @@ def test_a_set_has_for_each_match_what_pays():
     assert figures == {"tokens_a_pass": 2.5, "ratio_to_one_token": 2.083, "nodes": [3, 3]}
     dear, _ = tune.build(CYCLES, {1: 1.0, 2: 9.0, 8: 9.0}, "dear", noise=0)
     assert [tree.size for tree in dear.trees] == [1]
+    # With a long match 3 tokens for 2.7 or 2.9, else one: 4 / 3.7 of one token a pass; 4 / 3.9 is too little.
+    sizes = lambda cost: [tree.size for tree in tune.build(CYCLES, {1: 1.0, 3: cost}, "near", noise=0)[0].trees]
+    assert sizes(2.7) == [1, 3] and sizes(2.9) == [1]
 
 
 def test_a_cut_tree_keeps_second_choices_and_noise():

@@ -46,6 +46,7 @@ BATCHES = (1, 4, 8, 32)
 NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)  # sizes of trees: what a pass of others costs is not known
 CHUNK = 64  # tokens of a prefill pass
 WORTHLESS = 3.5  # no tree pays for a pass that takes so many times that of one token
+LEAST_GAIN = 1.05  # over one token a pass: timings made beside other work may err by that
 FROM = (0, 1, 3, 6)  # matches from which on another tree may be taken
 ODDS = (0.45, 0.15, 0.08, 0.05, 0.035, 0.03, 0.025, 0.02)  # of candidates by rank, for the shape of a wide tree
 
@@ -274,6 +275,8 @@ def build(
         total = sum(w.sum() * tokens[d] for w, d, (_, tokens) in zip(ranges, sizes, grown, strict=True))
         spent = sum(w.sum() * cost(size(d)) for w, d in zip(ranges, sizes, strict=True))
         rate = total / spent
+    if rate * cost(1) < LEAST_GAIN:
+        sizes, total, rate = [0] * len(ranges), len(cycles.match), 1 / cost(1)
     drafts = [sorted(nodes[:d]) for d, (nodes, _) in zip(sizes, grown, strict=True)]
     first = [i for i, nodes in enumerate(drafts) if i == 0 or nodes != drafts[i - 1]]
     specs = tuple(cut_out(cycles.tree, drafts[i], f"{name}-{starts[i]}", noise if drafts[i] else 0) for i in first)
