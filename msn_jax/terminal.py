@@ -101,5 +101,7 @@ def use_compile_cache() -> None:
 
     jax.config.update("jax_compilation_cache_dir", str(folder))
     # With a bound jax locks the folder, so that no process meets over half an entry.
-    jax.config.update("jax_compilation_cache_max_size", 2**31)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    ours = {"jax_compilation_cache_max_size": 2**31, "jax_persistent_cache_min_compile_time_secs": 0.3}
+    for setting, value in ours.items():
+        if setting.upper() not in os.environ:
+            jax.config.update(setting, value)
