@@ -129,13 +129,14 @@ def widened_weights(hlo: str, params: Params) -> int:
         found = re.findall(rf"\b{kind}\[([\d,]+)\]", result)
         return {math.prod(map(int, shape.split(","))) for shape in found} & sizes
 
-    # An activation of a weight's size is none, nor are the rows of a table for so many tokens.
+    # Of a weight's size may be an activation too: rows of a table for so many tokens, or what a product comes to.
     int8, wide = {}, 0
     for name, result, operation, operands in lines:
         given = operation in ("parameter", "get-tuple-element")
         of = sizes if given else set().union(*(int8.get(name, ()) for name in re.findall(r"%[\w.-]+", operands)))
         int8[name] = of_size("s8", result) & of
-        wide += not given and bool(of_size("bf16", result) & of)
+        product = operation in ("convolution", "dot") or "kind=kOutput" in operands
+        wide += not given and not product and bool(of_size("bf16", result) & of)
     return wide
 
 

@@ -39,6 +39,7 @@ ENTRY %main {
   %rows = s8[24,16]{1,0} fusion(%cache), kind=kLoop, calls=%fused_computation.4
   %entered = bf16[24,16]{1,0} convert(%rows)
   %turned = s8[16,24]{1,0:T(8,128)(4,1)} fusion(%p.0), kind=kLoop, calls=%fused_computation.2
+  %as_large = bf16[24,16]{1,0} fusion(%turned, %cache), kind=kOutput, calls=%fused_computation.5
   %fits = bf16[4,24]{1,0} fusion(%turned, %part.1), kind=kOutput, calls=%fused_computation.1
 """
     w = {"w": round_int8(jnp.ones((24, 16)), 1)}
