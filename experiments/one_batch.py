@@ -12,35 +12,20 @@ import numpy as np
 from benchmarks.spec_bench import parse_method
 from experiments.statistics import by_question, mat_interval
 from msn_jax import DecodeConfig
-from msn_jax.adapters import Marked, merge
 from msn_jax.answers import repeated_4grams
 from msn_jax.decode.generate import generate_batches
 from msn_jax.decode.prompts import encode
-from msn_jax.eagle import EagleHead, drafter_of
-from msn_jax.heads import MedusaHeads
-from msn_jax.io.loading import LM, with_adapter
-from msn_jax.params import DraftAdapter, DraftLayers, unstack
+from msn_jax.io.loading import LM, Beside, with_adapter
 
 
 def with_trained(lm: LM, trained: Any, dtype: str) -> LM:
     """The model as it decodes with what was trained beside its float32 weights, in a dtype."""
-    drafter, heads, trained = None, None, jax.tree.map(np.asarray, trained)  # off whatever devices it was trained on
-    if isinstance(trained, EagleHead):
-        params = jax.tree.map(lambda x: jnp.asarray(x, dtype), lm.params)
-        return dataclasses.replace(lm, params=params, eagle=drafter_of(trained, params, lm.cfg, dtype))
-    if isinstance(trained, DraftLayers):
-        params = jax.tree.map(lambda x: jnp.asarray(x, dtype), lm.params)
-        return with_adapter(dataclasses.replace(lm, params=params), trained)
-    if isinstance(trained, MedusaHeads):
-        heads = trained
-    elif isinstance(trained, DraftAdapter):
-        drafter = trained.replace(layers=unstack(trained.layers))
-    else:
-        if isinstance(trained, Marked):
-            drafter, trained = DraftAdapter(None, trained.noise_embed), trained.weights
-        lm = dataclasses.replace(lm, params=merge(lm.params, unstack(trained)))
-    params, drafter, heads = jax.tree.map(lambda x: jnp.asarray(x, dtype), (lm.params, drafter, heads))
-    return dataclasses.replace(lm, params=params, drafter=drafter, heads=heads)
+    trained = jax.tree.map(np.asarray, trained)  # off whatever devices it was trained on
+    stays = isinstance(trained, Beside)
+    lm = lm if stays else with_adapter(lm, trained)  # merged before the weights are rounded
+    params, drafter = jax.tree.map(lambda x: jnp.asarray(x, dtype), (lm.params, lm.drafter))
+    lm = dataclasses.replace(lm, params=params, drafter=drafter)
+    return with_adapter(lm, trained) if stays else lm
 
 
 def measure(lm: LM, questions: list[dict], methods: str, max_new_tokens: int) -> dict:

@@ -255,8 +255,7 @@ def build(
     cycles: Cycles, seconds: dict[int, float], name: str, noise: int, begins: tuple[int, ...] = FROM
 ) -> tuple[TreeSet, dict[str, Any]]:
     """The set with the most tokens a second: for each range of matches, which begin as said, a tree of its own size."""
-    cost = lambda nodes: float(np.interp(nodes, list(seconds), list(seconds.values())))
-    most = max(seconds)
+    cost, most = seconds.__getitem__, max(seconds)
     # A range that no cycle was in goes with the one below it.
     starts = [
         0,

@@ -15,13 +15,10 @@ from msn_jax.adapters import Parts
 from msn_jax.config import NoiseConfig, RunConfig
 from msn_jax.model import forward
 from msn_jax.model_config import ModelConfig
-from msn_jax.objectives.scores import COUNT, next_labels
+from msn_jax.objectives.scores import COUNT, draw_nothing, next_labels
 from msn_jax.objectives.streams import divergence_sums, weighted
 
-
-def draw(key: Array, batch: dict[str, Array], noise: NoiseConfig, step: Array | int) -> tuple:
-    """Nothing."""
-    return ()
+draw = draw_nothing
 
 
 def loss_sums(

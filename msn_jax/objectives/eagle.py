@@ -19,15 +19,12 @@ from msn_jax.eagle import EagleHead, joined, rows_of, run_eagle, taps
 from msn_jax.linear import HIGHEST, linear
 from msn_jax.model import MASKED, REMAT, causal_attention, causal_mask, embed, final_norm, forward, unembed
 from msn_jax.model_config import ModelConfig
-from msn_jax.objectives.scores import COUNT, next_labels
+from msn_jax.objectives.scores import COUNT, draw_nothing, next_labels
 from msn_jax.objectives.streams import weighted
 from msn_jax.params import Params
 from msn_jax.sharding import constrain
 
-
-def draw(key: Array, batch: dict[str, Array], noise: NoiseConfig, step: Array | int) -> tuple:
-    """Nothing."""
-    return ()
+draw = draw_nothing
 
 
 def loss_sums(

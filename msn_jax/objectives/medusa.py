@@ -14,13 +14,10 @@ from msn_jax.config import NoiseConfig, RunConfig
 from msn_jax.heads import ahead
 from msn_jax.model import forward
 from msn_jax.model_config import ModelConfig
-from msn_jax.objectives.scores import COUNT, next_labels, sums_by_depth, token_scores
+from msn_jax.objectives.scores import COUNT, draw_nothing, next_labels, sums_by_depth, token_scores
 from msn_jax.objectives.streams import weighted
 
-
-def draw(key: Array, batch: dict[str, Array], noise: NoiseConfig, step: Array | int) -> tuple:
-    """Nothing."""
-    return ()
+draw = draw_nothing
 
 
 def loss_sums(

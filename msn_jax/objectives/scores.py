@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from msn_jax.config import NoiseConfig
 from msn_jax.model import unembed
 from msn_jax.model_config import ModelConfig
 from msn_jax.params import Params
@@ -14,6 +15,11 @@ from msn_jax.sharding import constrain
 
 # Columns of sums float32[1 + J, 4], by depth (row 0: clean positions, row j: noise of depth j).
 COUNT, LOSS, TOP1, TOP10 = range(4)
+
+
+def draw_nothing(key: Array, batch: dict[str, Array], noise: NoiseConfig, step: Array | int) -> tuple:
+    """What objectives draw that read a batch as it is, see __init__.py."""
+    return ()
 
 
 def token_scores(
