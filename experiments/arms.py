@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from benchmarks.spec_bench import split_method
-from msn_jax.decode.tree import NOISE
+from msn_jax.decode.tree import NGRAMS, NOISE
 from msn_jax.decode.tree_sets import TREE_SETS
 from msn_jax.errors import InputError
 
@@ -45,14 +45,14 @@ def measured(speed: dict, family: str) -> str | None:
     return next((method for method in speed["methods"] if split_method(method)[0] == family), None)
 
 
-def without_noise(method: str) -> bool:
-    """Whether METHOD:TREE names trees that have no noise nodes, and so leave a draft-only adapter out."""
+def without_adapters(method: str) -> bool:
+    """Whether METHOD:TREE names trees without noise nodes and n-grams, and so leaves the adapters out."""
     tree = split_method(method)[1]
-    return bool(tree) and not any(t.kind(NOISE).any() for t in TREE_SETS[tree].trees)
+    return bool(tree) and not {NOISE, NGRAMS} & set(TREE_SETS[tree].names)
 
 
 def draft_only(result: dict) -> bool:
-    return "adapter" in result or bool(result.get("train", {}).get("lora", {}).get("draft_only"))
+    return "adapters" in result or bool(result.get("train", {}).get("lora", {}).get("draft_only"))
 
 
 def last(result: dict, name: str) -> float | None:

@@ -3,7 +3,7 @@
     python -m experiments.evidence --arm paper --seed 0 --data DIR --runs RUNS
 
 Arms are those of evidence.yaml. One with a section of train.py is a normal run of it from the same weights, with the
-same rows in the same order; the others measure the base, alone or with an adapter that is there. All of it can be cut
+same rows in the same order; the others measure the base, alone or with adapters that are there. All of it can be cut
 off and goes on with the same command. The figures go to results/ARM-seedS.json; results.py makes RESULTS.md
 and plots of them.
 """
@@ -154,18 +154,19 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
     result: dict = {"arm": args.arm, "seed": args.seed}
-    ckpt, adapter = plan["base"], []
-    if "adapter" in arm:
-        adapter, result["adapter"] = ["--adapter", str(ROOT / arm["adapter"])], arm["adapter"]
+    ckpt, adapters = plan["base"], []
+    if "adapters" in arm:
+        result["adapters"] = arm["adapters"]
+        adapters = ["--adapter", *(str(ROOT / adapter) for adapter in arm["adapters"])]
     if SECTIONS & arm.keys():
         result |= train(plan, args, folder)
         ckpt = str(folder / "run")
     data = args.data.resolve()
     methods = arm.get("methods", plan["repeat_methods" if args.seed else "methods"])
-    model = ["--ckpt", ckpt, *adapter]
+    model = ["--ckpt", ckpt, *adapters]
     result["speed"] = {d: measure_speed(plan, m, d, model, data, folder) for d, m in methods.items()}
-    # With a draft-only adapter replies are those of the base, and so is their quality.
-    same_replies = adapter or arm.get("lora", {}).get("draft_only")
+    # With what only drafts, replies are those of the base, and so is their quality.
+    same_replies = adapters or arm.get("lora", {}).get("draft_only")
     if arm.get("tasks", True) and not (args.seed or same_replies):
         result |= measure_tasks(plan, ckpt, data, folder)
 

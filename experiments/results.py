@@ -117,7 +117,8 @@ def results_text(results: dict[str, dict]) -> str:
         text.append(pooled)
     for name in (name for name, result in results.items() if draft_only(result)):
         text.append(
-            f"Of {name}: trees without noise leave the adapter out, so they are those of the untouched model.\n"
+            f"Of {name}: trees without noise and n-grams leave the adapters out, so they are those of the untouched"
+            " model.\n"
         )
         text.append(against_section(results, name, [name]))
     if "untouched-seed0" in results:

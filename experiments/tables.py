@@ -13,7 +13,7 @@ from experiments.arms import (
     noisy_share,
     plain_of,
     speeds,
-    without_noise,
+    without_adapters,
 )
 from experiments.statistics import accuracy_difference, by_question, mat_interval, mat_ratio, over_runs
 
@@ -48,7 +48,7 @@ def speed_section(results: dict[str, dict]) -> str:
 
 def against_section(results: dict[str, dict], base: str, arms: list[str]) -> str:
     """Each arm's methods over the same of `base` in the same dtype. Draft-only adapters have trees of their own, over
-    whatever `base` has tried; where an arm is its own base, trees with noise nodes over those without."""
+    whatever `base` has tried; where an arm is its own base, trees that need an adapter over those that do not."""
     rows = []
     for name, dtype, speed in speeds({name: results[name] for name in arms}):
         bases = results[base]["speed"].get(dtype, {"methods": {}})
@@ -58,7 +58,7 @@ def against_section(results: dict[str, dict], base: str, arms: list[str]) -> str
             if family not in COMPARED or family != split_method(other)[0]:
                 continue
             if name == base:
-                wanted = without_noise(other) and not without_noise(method)
+                wanted = without_adapters(other) and not without_adapters(method)
             else:
                 wanted = method.partition("@")[0] == other.partition("@")[0] or draft_only(results[name])
             if ours and theirs and wanted:

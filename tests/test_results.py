@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.spec_bench import read_done, split_method
 from experiments import results
-from experiments.arms import without_noise
+from experiments.arms import without_adapters
 from experiments.statistics import accuracy_difference, mat_interval, mat_ratio
 from msn_jax import InputError
 from msn_jax.records import keep_rows, kept_rows
@@ -106,8 +106,9 @@ def test_seeds_count_together_question_by_question(written):
 def test_a_method_names_its_tree_and_its_batch():
     assert split_method("tr-jacobi:small13@4") == ("tr-jacobi", "small13", "4")
     assert split_method("ar@4") == ("ar", "", "4")
-    assert without_noise("tr-jacobi:small13@4") and not without_noise("tr-jacobi:draft16@4")
-    assert not without_noise("tr-jacobi@4")  # its default trees may have noise
+    assert without_adapters("tr-jacobi:small13@4") and not without_adapters("tr-jacobi:draft16@4")
+    assert not without_adapters("tr-jacobi:found") and not without_adapters("tr-jacobi:both")
+    assert not without_adapters("tr-jacobi@4")  # its default trees may have noise
 
 
 def test_intervals_cover_what_resampling_gives():

@@ -97,7 +97,7 @@ def test_a_cut_tree_keeps_second_choices_and_noise():
 
 @pytest.mark.slow
 def test_tuned_sets_are_written_and_read_back(tmp_path, lm, monkeypatch):
-    monkeypatch.setattr(tune, "costs", lambda lm, batch, noise: {1: 1.0, 8: 1.0 + 0.1 * batch, 64: 9.0})
+    monkeypatch.setattr(tune, "costs", lambda lm, batch, noise, root: {1: 1.0, 8: 1.0 + 0.1 * batch, 64: 9.0})
     said = []
     sets, figures = tune.tune(lm, PROMPTS, batches=(1, 8), max_new_tokens=30, say=said.append)
     path = tmp_path / "trees.json"
@@ -139,7 +139,7 @@ def some_head(lm, name):
 @pytest.mark.parametrize("method,name", [("medusa", MEDUSA), ("eagle", EAGLE), ("draft-model", DRAFT_MODEL)])
 def test_trees_of_one_source_alone(lm, monkeypatch, method, name):
     lm = SimpleNamespace(**vars(lm) | some_head(lm, name), activations=jnp.float32)
-    monkeypatch.setattr(tune, "costs", lambda lm, batch, noise: dict.fromkeys(range(1, 65), 1.0))
+    monkeypatch.setattr(tune, "costs", lambda lm, batch, noise, root: dict.fromkeys(range(1, 65), 1.0))
     sets, figures = tune.tune(lm, PROMPTS[:2], batches=(1,), max_new_tokens=20, method=method, say=str)
     (tree,) = sets[1].trees
     assert figures["method"] == method and set(sets[1].names) <= {name} and tree.size > 1
@@ -153,7 +153,7 @@ def test_noise_stays_where_it_brings_more_than_it_costs(lm, monkeypatch, dear):
     spec = TreeSpec("both", (-1, 0, 0), ((ROOT, 0), ((JACOBI, 0), (RECYCLING, 0)), (RECYCLING, 0)))
     right = np.array([[1, 1, 0], [1, 1, 1]], bool)
     monkeypatch.setattr(tune, "survey", lambda *_, **__: tune.Cycles(spec, right, np.zeros(2, int)))
-    monkeypatch.setattr(tune, "costs", lambda lm, batch, noise: {1: 1.0, 2: 1.1, 4: 1.1 * dear if noise else 1.1})
+    monkeypatch.setattr(tune, "costs", lambda lm, batch, noise, root: {1: 1.0, 2: 1.1, 4: 1.1 * dear if noise else 1.1})
     lm = SimpleNamespace(**vars(lm) | {"drafter": SimpleNamespace(noise_embed=np.zeros((2, 4)))})
     sets, figures = tune.tune(lm, PROMPTS, batches=(1,), say=str)
     # 2 tokens for 1.1 with noise, 1.5 without.

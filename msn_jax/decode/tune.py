@@ -43,7 +43,7 @@ from msn_jax.decode.tree_sets import USES
 from msn_jax.errors import InputError
 
 BATCHES = (1, 4, 8, 32)
-NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)  # sizes of trees: what a pass of others costs is not known
+NODES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 64)  # of trees, beside the root alone: what others cost is not known
 CHUNK = 64  # tokens of a prefill pass
 WORTHLESS = 3.5  # no tree pays for a pass that takes so many times that of one token
 LEAST_GAIN = 1.05  # over one token a pass: timings made beside other work may err by that
@@ -191,15 +191,15 @@ def pass_seconds(
     return min(times[1:])
 
 
-def costs(lm, batch: int, noise: int = 0) -> dict[int, float]:
+def costs(lm, batch: int, noise: int, root: float | None) -> dict[int, float]:
     """Seconds of a pass by its nodes, `noise` of them noise but in that of a root alone, up to where no tree can pay
-    for it."""
-    seconds: dict[int, float] = {}
+    for it. root: what the latter takes, where that is known."""
+    seconds = {1: root or pass_seconds(lm, 1, batch)}
     for nodes in NODES:
-        if 1 < nodes <= 1 + noise:
+        if nodes <= 1 + noise:
             continue
-        seconds[nodes] = pass_seconds(lm, nodes, batch, noise if nodes > 1 else 0)
-        if seconds[nodes] > WORTHLESS * seconds[NODES[0]]:
+        seconds[nodes] = pass_seconds(lm, nodes, batch, noise)
+        if seconds[nodes] > WORTHLESS * seconds[1]:
             break
     return seconds
 
@@ -330,7 +330,7 @@ def tune(
         raise InputError(
             f"no trees for {method}: {lm.name} has not what it drafts with; accepted: {', '.join(accepted)}"
         )
-    say(f"decoding {len(prompts)} prompts with the widest tree, then timing passes of {NODES[0]} to {NODES[-1]} nodes")
+    say(f"decoding {len(prompts)} prompts with the widest tree, then timing passes of 1 to {NODES[-1]} nodes")
     cycles, begins, noise = survey(lm, prompts, max_new_tokens, alone=uses is not None), FROM, _noise(lm)
     if uses is not None:
         # Without retrieval nothing chooses between trees.
@@ -341,9 +341,10 @@ def tune(
     kinds += [(cycles, noise)] if noise and (uses is None or JACOBI in uses) else []
     sets, by_batch = {}, {}
     for batch in batches:
-        found = []
+        found, root = [], None
         for seen, length in kinds:
-            seconds = costs(lm, batch, length)
+            seconds = costs(lm, batch, length, root)
+            root = seconds[1]
             trees, figures = build(seen, seconds, f"tuned{batch}", length, begins)
             cost_ms = {n: round(1e3 * s, 3) for n, s in seconds.items()}
             found.append((trees, {**figures, "noise": length, "cost_ms": cost_ms}))
