@@ -116,9 +116,11 @@ def results_text(results: dict[str, dict]) -> str:
         text.append("All seeds of an arm together, resampled by question; batches of 4 accept what single ones do.\n")
         text.append(pooled)
     for name in (name for name, result in results.items() if draft_only(result)):
+        given = results[name].get("adapters", [])
+        shipped = f" ({', '.join(given)}; without :TREE n-grams draft where they stand by)" if given else ""
         text.append(
-            f"Of {name}: trees without noise and n-grams leave the adapters out, so they are those of the untouched"
-            " model.\n"
+            f"Of {name}{shipped}: trees without noise and n-grams leave the adapters out, so they are those of the"
+            " untouched model.\n"
         )
         text.append(against_section(results, name, [name]))
     if "untouched-seed0" in results:
