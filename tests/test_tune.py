@@ -88,6 +88,21 @@ def test_a_set_has_for_each_match_what_pays():
     assert sizes(2.7) == [1, 3] and sizes(2.9) == [1]
 
 
+def test_sizes_are_timed_in_turns(monkeypatch):
+    timed = []
+
+    def timed_pass(lm, nodes, batch, noise):
+        def measure():
+            timed.append(nodes)
+            return nodes * (1.0 if len(timed) <= 3 else 2.0)  # a machine that gets slower
+
+        return measure
+
+    monkeypatch.setattr(tune, "timed_pass", timed_pass)
+    assert tune.costs(None, 1) == {1: 2.0, 2: 4.0, 3: 6.0, 4: 8.0}  # 4 nodes cost more than any tree is worth
+    assert timed[4:12] == [1, 2, 3, 4] * 2
+
+
 def test_a_cut_tree_keeps_second_choices_and_noise():
     tree = tune.cut_out(HAND, [1, 3, 4, 5], "cut", noise=3)
     assert tree.parents == (-1, 0, 0, 0, 3, 0, 5, 6)
@@ -97,7 +112,7 @@ def test_a_cut_tree_keeps_second_choices_and_noise():
 
 @pytest.mark.slow
 def test_tuned_sets_are_written_and_read_back(tmp_path, lm, monkeypatch):
-    monkeypatch.setattr(tune, "costs", lambda lm, batch, noise, root: {1: 1.0, 8: 1.0 + 0.1 * batch, 64: 9.0})
+    monkeypatch.setattr(tune, "costs", lambda lm, batch, noise: {1: 1.0, 8: 1.0 + 0.1 * batch, 64: 9.0})
     said = []
     sets, figures = tune.tune(lm, PROMPTS, batches=(1, 8), max_new_tokens=30, say=said.append)
     path = tmp_path / "trees.json"
@@ -139,13 +154,13 @@ def some_head(lm, name):
 @pytest.mark.parametrize("method,name", [("medusa", MEDUSA), ("eagle", EAGLE), ("draft-model", DRAFT_MODEL)])
 def test_trees_of_one_source_alone(lm, monkeypatch, method, name):
     lm = SimpleNamespace(**vars(lm) | some_head(lm, name), activations=jnp.float32)
-    monkeypatch.setattr(tune, "costs", lambda lm, batch, noise, root: dict.fromkeys(range(1, 65), 1.0))
+    monkeypatch.setattr(tune, "costs", lambda lm, batch, noise: dict.fromkeys(range(1, 65), 1.0))
     sets, figures = tune.tune(lm, PROMPTS[:2], batches=(1,), max_new_tokens=20, method=method, say=str)
     (tree,) = sets[1].trees
     assert figures["method"] == method and set(sets[1].names) <= {name} and tree.size > 1
     with pytest.raises(InputError, match=f"no trees for ngrams: tiny .* accepted: tr-jacobi, lookup, {method}"):
         tune.tune(lm, PROMPTS, method="ngrams")
-    assert tune.pass_seconds(lm, 4, 1, slots=256, cycles=2, rounds=1) > 0
+    assert tune.timed_pass(lm, 4, 1, slots=256, cycles=2)() > 0
 
 
 @pytest.mark.parametrize("dear", [1.0, 2.0])
@@ -153,7 +168,7 @@ def test_noise_stays_where_it_brings_more_than_it_costs(lm, monkeypatch, dear):
     spec = TreeSpec("both", (-1, 0, 0), ((ROOT, 0), ((JACOBI, 0), (RECYCLING, 0)), (RECYCLING, 0)))
     right = np.array([[1, 1, 0], [1, 1, 1]], bool)
     monkeypatch.setattr(tune, "survey", lambda *_, **__: tune.Cycles(spec, right, np.zeros(2, int)))
-    monkeypatch.setattr(tune, "costs", lambda lm, batch, noise, root: {1: 1.0, 2: 1.1, 4: 1.1 * dear if noise else 1.1})
+    monkeypatch.setattr(tune, "costs", lambda lm, batch, noise: {1: 1.0, 2: 1.1, 4: 1.1 * dear if noise else 1.1})
     lm = SimpleNamespace(**vars(lm) | {"drafter": SimpleNamespace(noise_embed=np.zeros((2, 4)))})
     sets, figures = tune.tune(lm, PROMPTS, batches=(1,), say=str)
     # 2 tokens for 1.1 with noise, 1.5 without.
@@ -193,7 +208,7 @@ def test_with_an_adapter_the_survey_asks_noise_too():
 
 @pytest.mark.slow
 def test_a_pass_is_timed(lm):
-    assert tune.pass_seconds(lm, 4, 2, slots=256, cycles=2, rounds=1) > 0
+    assert tune.timed_pass(lm, 4, 2, slots=256, cycles=2)() > 0
 
 
 def test_what_is_no_tree_file_is_refused(tmp_path):

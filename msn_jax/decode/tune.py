@@ -43,7 +43,8 @@ from msn_jax.decode.tree_sets import USES
 from msn_jax.errors import InputError
 
 BATCHES = (1, 4, 8, 32)
-NODES = (2, 3, 4, 6, 8, 12, 16, 24, 32, 64)  # of trees, beside the root alone: what others cost is not known
+NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)  # sizes of trees: what a pass of others costs is not known
+ROUNDS = 6  # in which each of them is timed again
 CHUNK = 64  # tokens of a prefill pass
 WORTHLESS = 3.5  # no tree pays for a pass that takes so many times that of one token
 LEAST_GAIN = 1.05  # over one token a pass: timings made beside other work may err by that
@@ -169,17 +170,15 @@ def _matches(tokens, roots):
     return jax.lax.map(lambda root: retrieve(tokens[None], root[None], 1)[1][0], roots)
 
 
-def pass_seconds(
-    lm, nodes: int, batch: int, noise: int = 0, slots: int = 512, cycles: int = 4, rounds: int = 3
-) -> float:
-    """The time of one cycle with so many nodes of the source that is asked, `noise` of them noise, at half-full
-    slots."""
+def timed_pass(lm, nodes: int, batch: int, noise: int = 0, slots: int = 512, cycles: int = 4) -> Callable[[], float]:
+    """Seconds of a cycle, measured at each call, with so many nodes of the source that is asked, `noise` of them noise,
+    at half-full slots."""
     tree = with_noise(likely("cost", nodes - 1 - noise, ODDS, strongest(lm)), {0: noise})
     trees = with_made_sources(TreeSet("cost", (tree,), (0,)), lm)
     prompt = np.random.default_rng(0).integers(0, lm.cfg.vocab_size, slots // 2).tolist()
     settings = DecodeConfig(max_new_tokens=slots // 4)
-    times = []
-    for _ in range(rounds + 1):  # the first one compiles
+
+    def measure() -> float:
         state = loop.init_state(
             lm.cfg, trees, [prompt] * batch, settings, (), slots=slots, dtype=lm.dtype, backend=lm.backend
         )
@@ -187,21 +186,27 @@ def pass_seconds(
         start = time.perf_counter()
         state, _ = loop.run(lm.params, state, cycles, drafters(lm), cfg=lm.cfg, trees=trees)
         jax.block_until_ready(state)
-        times.append((time.perf_counter() - start) / int(state.passes[0]))
-    return min(times[1:])
+        return (time.perf_counter() - start) / int(state.passes[0])
+
+    measure()  # compiles
+    return measure
 
 
-def costs(lm, batch: int, noise: int, root: float | None) -> dict[int, float]:
+def costs(lm, batch: int, noise: int = 0) -> dict[int, float]:
     """Seconds of a pass by its nodes, `noise` of them noise but in that of a root alone, up to where no tree can pay
-    for it. root: what the latter takes, where that is known."""
-    seconds = {1: root or pass_seconds(lm, 1, batch)}
+    for it. The sizes are timed in turns, so that a machine that gets slower slows all of them; medians."""
+    passes, times = {}, {}
     for nodes in NODES:
-        if nodes <= 1 + noise:
+        if 1 < nodes <= 1 + noise:
             continue
-        seconds[nodes] = pass_seconds(lm, nodes, batch, noise)
-        if seconds[nodes] > WORTHLESS * seconds[1]:
+        passes[nodes] = timed_pass(lm, nodes, batch, noise if nodes > 1 else 0)
+        times[nodes] = [passes[nodes]()]
+        if times[nodes][0] > WORTHLESS * times[NODES[0]][0]:
             break
-    return seconds
+    for _ in range(ROUNDS):
+        for nodes, measure in passes.items():
+            times[nodes].append(measure())
+    return {nodes: float(np.median(seconds)) for nodes, seconds in times.items()}
 
 
 def grow(cycles: Cycles, which: np.ndarray, most: int) -> tuple[list[int], list[float]]:
@@ -330,7 +335,7 @@ def tune(
         raise InputError(
             f"no trees for {method}: {lm.name} has not what it drafts with; accepted: {', '.join(accepted)}"
         )
-    say(f"decoding {len(prompts)} prompts with the widest tree, then timing passes of 1 to {NODES[-1]} nodes")
+    say(f"decoding {len(prompts)} prompts with the widest tree, then timing passes of {NODES[0]} to {NODES[-1]} nodes")
     cycles, begins, noise = survey(lm, prompts, max_new_tokens, alone=uses is not None), FROM, _noise(lm)
     if uses is not None:
         # Without retrieval nothing chooses between trees.
@@ -341,10 +346,9 @@ def tune(
     kinds += [(cycles, noise)] if noise and (uses is None or JACOBI in uses) else []
     sets, by_batch = {}, {}
     for batch in batches:
-        found, root = [], None
+        found = []
         for seen, length in kinds:
-            seconds = costs(lm, batch, length, root)
-            root = seconds[1]
+            seconds = costs(lm, batch, length)
             trees, figures = build(seen, seconds, f"tuned{batch}", length, begins)
             cost_ms = {n: round(1e3 * s, 3) for n, s in seconds.items()}
             found.append((trees, {**figures, "noise": length, "cost_ms": cost_ms}))
