@@ -27,8 +27,14 @@ def run_record() -> dict[str, str]:
     return {
         "command": " ".join(["python", *program, *sys.argv[1:]]),
         "commit": _commit(Path(sys.argv[0]).resolve().parent),
-        "device": f"{jax.devices()[0].device_kind} x{jax.device_count()}, {os.cpu_count()} cores{processor()}",
+        "device": machine(),
     }
+
+
+def machine(backend: str | None = None) -> str:
+    """The devices of a backend (None: the default one), and the processor beside them."""
+    kind, count = jax.devices(backend)[0].device_kind, jax.device_count(backend)
+    return f"{kind} x{count}, {os.cpu_count()} cores{processor()}"
 
 
 def _in_checkout(script: Path) -> str:

@@ -30,6 +30,7 @@ from msn_jax.decode.tree import (
 from msn_jax.decode.tree_sets import TREE_SETS
 from msn_jax.eagle import drafter_of, init_eagle
 from msn_jax.heads import init_heads
+from msn_jax.records import machine
 
 PROMPTS = [np.random.default_rng(n).integers(0, 61, n).tolist() for n in (3, 9, 30)]
 
@@ -157,7 +158,8 @@ def test_trees_of_one_source_alone(lm, monkeypatch, method, name):
     monkeypatch.setattr(tune, "costs", lambda lm, batch, noise: dict.fromkeys(range(1, 65), 1.0))
     sets, figures = tune.tune(lm, PROMPTS[:2], batches=(1,), max_new_tokens=20, method=method, say=str)
     (tree,) = sets[1].trees
-    assert figures["method"] == method and set(sets[1].names) <= {name} and tree.size > 1
+    assert (figures["device"], figures["method"]) == (machine(), method)
+    assert set(sets[1].names) <= {name} and tree.size > 1
     with pytest.raises(InputError, match=f"no trees for ngrams: tiny .* accepted: tr-jacobi, lookup, {method}"):
         tune.tune(lm, PROMPTS, method="ngrams")
     assert tune.timed_pass(lm, 4, 1, slots=256, cycles=2)() > 0

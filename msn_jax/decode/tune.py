@@ -41,8 +41,9 @@ from msn_jax.decode.tree import (
 )
 from msn_jax.decode.tree_sets import USES
 from msn_jax.errors import InputError
+from msn_jax.records import machine
 
-BATCHES = (1, 4, 8, 32)
+BATCHES = (1, 2, 4, 8, 32)
 NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)  # sizes of trees: what a pass of others costs is not known
 ROUNDS = 6  # in which each of them is timed again
 CHUNK = 64  # tokens of a prefill pass
@@ -357,10 +358,9 @@ def tune(
         nodes = ", ".join(map(str, figures["nodes"]))
         expected = f"{figures['tokens_a_pass']} tokens a pass, {figures['ratio_to_one_token']} of ar's speed"
         say(f"batch {batch}: trees of {nodes} nodes; expected: {expected}")
-    device = jax.devices(lm.backend)[0].device_kind
     return sets, {
         "ckpt": lm.name,
-        "device": device,
+        "device": machine(lm.backend),
         "dtype": str(jnp.dtype(lm.dtype)),
         "method": method,
         "prompts": len(prompts),
