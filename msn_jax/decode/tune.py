@@ -2,7 +2,8 @@
 
 Prompts are decoded once with a wide tree, the survey. It notes for every cycle which of its nodes were right: a smaller
 tree would have emitted one token more than the depth of its deepest right node. So trees are grown node by node, each
-time by the one that adds the most tokens, until another node costs more time than its tokens save.
+time by the one that adds the most tokens, until another node costs more time than its tokens save. In the end the
+prompts are decoded with these trees, with the default ones and with none, in turns, and the fastest are kept.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from msn_jax.decode.tree import (
     likely,
     with_noise,
 )
-from msn_jax.decode.tree_sets import USES
+from msn_jax.decode.tree_sets import TREE_SETS, USES, tree_set
 from msn_jax.errors import InputError
 from msn_jax.records import machine
 
@@ -48,7 +49,7 @@ NODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)  # sizes of trees: what a pass of
 ROUNDS = 6  # in which each of them is timed again
 CHUNK = 64  # tokens of a prefill pass
 WORTHLESS = 3.5  # no tree pays for a pass that takes so many times that of one token
-LEAST_GAIN = 1.05  # over one token a pass: timings made beside other work may err by that
+RACE = 12  # prompts, and at least one batch, that are decoded in the end
 FROM = (0, 1, 3, 6)  # matches from which on another tree may be taken
 ODDS = (0.45, 0.15, 0.08, 0.05, 0.035, 0.03, 0.025, 0.02)  # of candidates by rank, for the shape of a wide tree
 
@@ -144,26 +145,51 @@ class Cycles:
 def survey(lm, prompts: Sequence[list[int]], max_new_tokens: int, batch: int = 4, alone: bool = False) -> Cycles:
     """Decode the prompts (token ids) greedily with the survey's tree. alone: see `survey_tree`."""
     tree = survey_tree(_noise(lm), strongest(lm), alone)
-    trees = with_made_sources(TreeSet("survey", (tree,), (0,), sources=(Survey(),)), lm)
-    slots = loop.bucket(max(loop.slots_needed(len(p), max_new_tokens, trees.width, CHUNK) for p in prompts))
-    settings = DecodeConfig(max_new_tokens=max_new_tokens)
+    trees = TreeSet("survey", (tree,), (0,), sources=(Survey(),))
+    slots = _slots([trees], prompts, max_new_tokens)
     right, match = [], []
     for at in range(0, len(prompts), batch):
-        rows = [*prompts[at : at + batch]]
-        rows += [[0]] * (batch - len(rows))
-        state = loop.init_state(
-            lm.cfg, trees, rows, settings, lm.stop_ids, slots=slots, dtype=lm.dtype, backend=lm.backend
-        )
-        state = state.replace(done=jnp.arange(batch) >= len(prompts) - at)
-        state = loop.prefill(lm.params, state, cfg=lm.cfg, chunk=CHUNK)
-        state, _ = loop.run(lm.params, state, 2**31 - 1, drafters(lm), cfg=lm.cfg, trees=trees)
+        part = prompts[at : at + batch]
+        state, _ = decoded(lm, trees, part, max_new_tokens, batch, slots)
         seen, forwards, accepted = jax.device_get((state.drafts["survey"][0], state.forwards, state.accepted))
-        for row, prompt in enumerate(prompts[at : at + batch]):
+        for row, prompt in enumerate(part):
             passes = int(forwards[row]) - 1  # the last one was cut by the limit or a stop
             root = len(prompt) - 1 + np.r_[0, np.cumsum(accepted[row, :passes])][:passes]
             right.append(seen[row, :passes])
             match.append(_matches(state.tokens[row], jnp.asarray(np.resize(root, slots)))[:passes])
     return Cycles(tree, np.concatenate(right), np.concatenate(match))
+
+
+def _slots(sets: Sequence[TreeSet], prompts: Sequence[list[int]], max_new_tokens: int) -> int:
+    width = max(trees.width for trees in sets)
+    return loop.bucket(max(loop.slots_needed(len(p), max_new_tokens, width, CHUNK) for p in prompts))
+
+
+def decoded(
+    lm, trees: TreeSet, prompts: Sequence[list[int]], max_new_tokens: int, batch: int, slots: int
+) -> tuple[loop.DecodeState, float]:
+    """The loop's last state and the seconds of its passes, of `batch` prompts at most, greedily; rows without a prompt
+    are done from the start."""
+    trees, rows = with_made_sources(trees, lm), [*prompts, *[[0]] * (batch - len(prompts))]
+    settings = DecodeConfig(max_new_tokens=max_new_tokens)
+    state = loop.init_state(lm.cfg, trees, rows, settings, lm.stop_ids, slots=slots, dtype=lm.dtype, backend=lm.backend)
+    state = state.replace(done=jnp.arange(batch) >= len(prompts))
+    state = jax.block_until_ready(loop.prefill(lm.params, state, cfg=lm.cfg, chunk=CHUNK))
+    start = time.perf_counter()
+    state, _ = loop.run(lm.params, state, 2**31 - 1, drafters(lm), cfg=lm.cfg, trees=trees)
+    return jax.block_until_ready(state), time.perf_counter() - start
+
+
+def race(lm, sets: Sequence[TreeSet], prompts: Sequence[list[int]], max_new_tokens: int, batch: int) -> list[float]:
+    """Seconds of the passes with each set, over the same prompts, batch by batch in turns. The replies are the same."""
+    prompts, slots = prompts[: max(batch, RACE)], _slots(sets, prompts, max_new_tokens)
+    for trees in sets:
+        decoded(lm, trees, prompts[:batch], max_new_tokens, batch, slots)  # compiles
+    seconds = [0.0] * len(sets)
+    for at in range(0, len(prompts), batch):
+        for i, trees in enumerate(sets):
+            seconds[i] += decoded(lm, trees, prompts[at : at + batch], max_new_tokens, batch, slots)[1]
+    return seconds
 
 
 @jax.jit
@@ -280,8 +306,6 @@ def build(
         total = sum(w.sum() * tokens[d] for w, d, (_, tokens) in zip(ranges, sizes, grown, strict=True))
         spent = sum(w.sum() * cost(size(d)) for w, d in zip(ranges, sizes, strict=True))
         rate = total / spent
-    if rate * cost(1) < LEAST_GAIN:
-        sizes, total, rate = [0] * len(ranges), len(cycles.match), 1 / cost(1)
     drafts = [sorted(nodes[:d]) for d, (nodes, _) in zip(sizes, grown, strict=True)]
     first = [i for i, nodes in enumerate(drafts) if i == 0 or nodes != drafts[i - 1]]
     specs = tuple(cut_out(cycles.tree, drafts[i], f"{name}-{starts[i]}", noise if drafts[i] else 0) for i in first)
@@ -345,7 +369,7 @@ def tune(
     # Noise makes each pass of a set dearer, so that trees without it may be the faster ones.
     kinds = [] if uses == USES["jacobi"] and noise else [(cycles.only({*NAMES} - {JACOBI}), 0)]
     kinds += [(cycles, noise)] if noise and (uses is None or JACOBI in uses) else []
-    sets, by_batch = {}, {}
+    ar, sets, by_batch = TREE_SETS["root"], {}, {}
     for batch in batches:
         found = []
         for seen, length in kinds:
@@ -353,11 +377,22 @@ def tune(
             trees, figures = build(seen, seconds, f"tuned{batch}", length, begins)
             cost_ms = {n: round(1e3 * s, 3) for n, s in seconds.items()}
             found.append((trees, {**figures, "noise": length, "cost_ms": cost_ms}))
-        sets[batch], figures = max(found, key=lambda one: one[1]["ratio_to_one_token"])
-        by_batch[batch] = figures
-        nodes = ", ".join(map(str, figures["nodes"]))
-        expected = f"{figures['tokens_a_pass']} tokens a pass, {figures['ratio_to_one_token']} of ar's speed"
-        say(f"batch {batch}: trees of {nodes} nodes; expected: {expected}")
+        tuned, figures = max(found, key=lambda one: one[1]["ratio_to_one_token"])
+        default = tree_set(method, None, lm.backend, lm.drafter is not None, batch, lm.ngrams is not None)
+        rivals = {"none": ar, "default": default, "tuned": tuned}
+        rivals = {name: trees for name, trees in rivals.items() if name == "none" or trees.trees != ar.trees}
+        spent = dict(zip(rivals, race(lm, list(rivals.values()), prompts, max_new_tokens, batch), strict=True))
+        taken = min(spent, key=spent.get)
+        sets[batch] = rivals[taken]
+        by_batch[batch] = {
+            "taken": taken,
+            "nodes": [tree.size for tree in sets[batch].trees],
+            "seconds": {name: round(s, 3) for name, s in spent.items()},
+            "tuned": figures,
+        }
+        nodes = ", ".join(str(tree.size) for tree in sets[batch].trees)
+        speed = ", ".join(f"{name} {spent['none'] / s:.2f}" for name, s in spent.items())
+        say(f"batch {batch}: trees of {nodes} nodes; speed on the first prompts: {speed}")
     return sets, {
         "ckpt": lm.name,
         "device": machine(lm.backend),
