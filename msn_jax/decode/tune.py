@@ -382,7 +382,7 @@ def tune(
         rivals = {"none": ar, "default": default, "tuned": tuned}
         rivals = {name: trees for name, trees in rivals.items() if name == "none" or trees.trees != ar.trees}
         spent = dict(zip(rivals, race(lm, list(rivals.values()), prompts, max_new_tokens, batch), strict=True))
-        taken = min(spent, key=spent.get)
+        taken = min(spent, key=spent.__getitem__)
         sets[batch] = rivals[taken]
         by_batch[batch] = {
             "taken": taken,
