@@ -174,9 +174,14 @@ def decoded(
     settings = DecodeConfig(max_new_tokens=max_new_tokens)
     state = loop.init_state(lm.cfg, trees, rows, settings, lm.stop_ids, slots=slots, dtype=lm.dtype, backend=lm.backend)
     state = state.replace(done=jnp.arange(batch) >= len(prompts))
-    state = jax.block_until_ready(loop.prefill(lm.params, state, cfg=lm.cfg, chunk=CHUNK))
+    return _timed_run(lm, loop.prefill(lm.params, state, cfg=lm.cfg, chunk=CHUNK), trees, 2**31 - 1)
+
+
+def _timed_run(lm, state: loop.DecodeState, trees: TreeSet, cycles: int) -> tuple[loop.DecodeState, float]:
+    """The state after so many cycles at most, and their seconds."""
+    state = jax.block_until_ready(state)
     start = time.perf_counter()
-    state, _ = loop.run(lm.params, state, 2**31 - 1, drafters(lm), cfg=lm.cfg, trees=trees)
+    state, _ = loop.run(lm.params, state, cycles, drafters(lm), cfg=lm.cfg, trees=trees)
     return jax.block_until_ready(state), time.perf_counter() - start
 
 
@@ -209,11 +214,8 @@ def timed_pass(lm, nodes: int, batch: int, noise: int = 0, slots: int = 512, cyc
         state = loop.init_state(
             lm.cfg, trees, [prompt] * batch, settings, (), slots=slots, dtype=lm.dtype, backend=lm.backend
         )
-        jax.block_until_ready(state)
-        start = time.perf_counter()
-        state, _ = loop.run(lm.params, state, cycles, drafters(lm), cfg=lm.cfg, trees=trees)
-        jax.block_until_ready(state)
-        return (time.perf_counter() - start) / int(state.passes[0])
+        state, seconds = _timed_run(lm, state, trees, cycles)
+        return seconds / int(state.passes[0])
 
     measure()  # compiles
     return measure
@@ -383,16 +385,15 @@ def tune(
         rivals = {name: trees for name, trees in rivals.items() if name == "none" or trees.trees != ar.trees}
         spent = dict(zip(rivals, race(lm, list(rivals.values()), prompts, max_new_tokens, batch), strict=True))
         taken = min(spent, key=spent.__getitem__)
-        sets[batch] = rivals[taken]
+        sets[batch], nodes = rivals[taken], [tree.size for tree in rivals[taken].trees]
         by_batch[batch] = {
             "taken": taken,
-            "nodes": [tree.size for tree in sets[batch].trees],
+            "nodes": nodes,
             "seconds": {name: round(s, 3) for name, s in spent.items()},
             "tuned": figures,
         }
-        nodes = ", ".join(str(tree.size) for tree in sets[batch].trees)
         speed = ", ".join(f"{name} {spent['none'] / s:.2f}" for name, s in spent.items())
-        say(f"batch {batch}: trees of {nodes} nodes; speed on the first prompts: {speed}")
+        say(f"batch {batch}: trees of {', '.join(map(str, nodes))} nodes; speed on the first prompts: {speed}")
     return sets, {
         "ckpt": lm.name,
         "device": machine(lm.backend),
