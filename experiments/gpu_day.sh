@@ -16,13 +16,16 @@ cd "$(dirname "$0")/.."
 
 # In order of worth; learn.py leaves out what would not end in time, and goes on with it in the next call.
 RIVALS=medusa-4@1900x32,layers-10-int8-l1@1900x32,eagle@1900x32
-SETTINGS=plain,beside-marked-w0.25,beside-marked-w0.1,beside-marked-model-w0.25,beside-marked-w0.25-n2
-SETTINGS+=,beside-marked-w0.25-a96,beside-marked,beside-marked-model-w0.5,beside-marked-w0.25-r32
-SETTINGS+=,beside-marked-w0.25-a24,beside-marked-model-l1-w0.25
-LONG=plain@1000x8,beside-marked-w0.25-f16@1000x8
+SETTINGS=plain,beside-marked-w0.25-f16,beside-marked-w0.1,beside-marked-w0.1-a96-f16,beside-marked-model-w0.25
+SETTINGS+=,beside-marked-w0.25-a96,beside-marked-model-w0.5,beside-marked-w0.25-n3,beside-marked-w0.25-r32
+SETTINGS+=,beside-marked-model-l1-w0.25,beside-marked-w0.25-a24
+LONG=plain@1000x8,beside-marked-w0.25@1000x8
 ARMS=${ARMS:-$RIVALS,${SETTINGS//,/@120x8,}@120x8,$LONG}
+# Trees at the same place of both lists are compared. None has n-grams.
+TREES=(--methods "jacobi:small13,tr-jacobi:small13,tr-jacobi:mix16")
+TREES+=(--marked_methods "jacobi:draft13,tr-jacobi:draft13mix,tr-jacobi:ahead")
 if [ -n "${SMALL:-}" ]; then
-  ARMS=medusa-4@2x2,eagle@2x2,layers-1-int8-l1@2x2,plain@2x2,beside-marked-model-w0.25@2x2,beside-marked-w0.25-n2@2x2
+  ARMS=medusa-4@2x2,eagle@2x2,layers-1-int8-l1@2x2,plain@2x2,beside-marked-model-w0.25@2x2,beside-marked-w0.25-n3@2x2
   ARMS+=,plain@4x2,beside-marked-w0.25-f16@4x2
   SMALL="--small --limit 2 --max_new_tokens 16 --dispatch 1 --answer_batch 8"
 fi
@@ -74,10 +77,10 @@ run() {
   if [ -d "$kept/prompts" ]; then prompts=(--prompts "$kept"/prompts/* --answer_seconds 50); fi
   timeout $((seconds + 30)) "$python" -m experiments.learn --ckpt runs/smollm2.gguf --base smollm2-135m-instruct \
     --questions "$kept/questions.jsonl" --out runs/gpu_day --arms "$ARMS" --seeds 0,1 --limit 52 --most_rows 16384 \
-    --answer_batch 512 --figure_seconds 15 --seconds "$seconds" ${SMALL:-} "${prompts[@]}" "$@" \
+    --answer_batch 512 --figure_seconds 15 --seconds "$seconds" "${TREES[@]}" ${SMALL:-} "${prompts[@]}" "$@" \
     2>&1 | tee "$out/log.txt" || code=$?
   cp runs/gpu_day/learn.jsonl "$out/"
-  for folder in runs/gpu_day/{medusa,eagle,layers,beside}-*-seed0; do
+  for folder in runs/gpu_day/{medusa,eagle,layers,plain-120x8,beside}-*seed0; do
     name=$(basename "$folder")
     if [[ $name != beside* || $name == *-f16-* ]] && [ -f "$folder/adapter_config.json" ]; then
       tar -cf "$out/$name.tar" -C runs/gpu_day "$name"
