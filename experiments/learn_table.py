@@ -2,7 +2,7 @@
 
     python -m experiments.learn_table OUT/learn.jsonl [--base plain] [--trade]
 
-Seeds of an arm are taken together. Intervals are 95%, by question (statistics.py).
+With --base "" nothing is compared. Seeds of an arm are taken together. Intervals are 95%, by question (statistics.py).
 """
 
 from __future__ import annotations
@@ -64,14 +64,19 @@ def learnt_table(records: list[dict], base: str) -> str:
     losses, rows = mean_losses(found), []
     for arm, runs in found.items():
         over = "" if only_drafts(runs[0]) else loss_over(arm, losses, base)
-        shares = []
+        shares = [over] if base else []
         for k in (1, 10):
             names = sorted(name for name in runs[0]["held_out"] if name.startswith(f"top{k}_depth"))
             shares.append(", ".join(f"{np.mean([r['held_out'][name] for r in runs]):.3f}" for name in names))
         speed = f"{np.mean([r['step_s'] for r in runs]):.4f}"
-        rows.append([arm, str(len(runs)), str(runs[0]["steps"]), speed, f"{losses[arm]:.4f}", over, *shares])
-    head = ["arm", "seeds", "steps", "s a step", "held-out loss", "to " + base, "first of one, by depth", "one of ten"]
-    return table(head, rows)
+        rows.append([arm, str(len(runs)), str(runs[0]["steps"]), speed, f"{losses[arm]:.4f}", *shares])
+    head = ["arm", "seeds", "steps", "s a step", "held-out loss", *compared_with(base)]
+    return table([*head, "first of one, by depth", "one of ten"], rows)
+
+
+def compared_with(base: str) -> list[str]:
+    """The heading of the column that compares, if there is one."""
+    return [f"to {base}"] if base else []
 
 
 def accepted(records: list[dict]) -> dict[tuple, dict]:
@@ -99,11 +104,11 @@ def speed_table(records: list[dict], base: str) -> str:
     """Tokens a pass of answers that do not loop, seeds together, and over the base arm's method of the same place."""
     speeds = accepted(records)
     rows = [
-        [*key[:3], str(len(found)), interval(mat_interval(found)), speed_over(key, speeds, base)]
+        [*key[:3], str(len(found)), interval(mat_interval(found)), *([speed_over(key, speeds, base)] if base else [])]
         for key, found in speeds.items()
         if found
     ]
-    return table(["arm", "dtype", "method", "questions", "tokens a pass", "to " + base], rows)
+    return table(["arm", "dtype", "method", "questions", "tokens a pass", *compared_with(base)], rows)
 
 
 def trade_table(records: list[dict], base: str) -> str:
@@ -138,7 +143,7 @@ def trade_table(records: list[dict], base: str) -> str:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("files", type=Path, nargs="+", help="learn.jsonl of one run, or of several")
-    p.add_argument("--base", default="plain", help="the arm that others are compared with, or untouched")
+    p.add_argument("--base", default="plain", help="the arm that others are compared with, untouched, or ''")
     p.add_argument("--trade", action="store_true", help="and what each setting of noise costs and buys")
     args = p.parse_args()
     records = [row for file in args.files for row in kept_rows(file)]

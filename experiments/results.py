@@ -13,6 +13,7 @@ from pathlib import Path
 
 import yaml
 
+from benchmarks.rivals import as_table
 from experiments.arms import draft_only, load_results, plain_of, plotted
 from experiments.learn_table import learnt_table, part_of, speed_table, trade_table
 from experiments.plots import draw_plots
@@ -31,6 +32,7 @@ from msn_jax.terminal import run_command
 
 ROOT = Path(__file__).parent.parent
 LEARNING = ROOT / "results" / "learning"
+COMPARED = ROOT / "results" / "rivals" / "rivals.json"
 TRADE, RIVALS = "The trade-off of noise beside the text", "Rivals, trained as long as the shipped adapter"
 # What experiments.learn found on an accelerator: file, the arm that others are compared with, what it shows.
 LEARNT = {
@@ -61,7 +63,7 @@ LEARNT = {
     ),
     RIVALS: (
         "gpu_day.jsonl",
-        "untouched",
+        "",
         "Medusa's heads, EAGLE-3's head and the model's own first 10 layers (LoRA of rank 128, the loss of the "
         "adapter) learn the shipped adapter's replies for its 1,900 steps of 32 rows of 384 tokens. Held-out loss: "
         "of Medusa cross entropy, of EAGLE the same among its draft vocabulary, of layers the KL divergence.",
@@ -77,6 +79,12 @@ PAPER = [
     ["HumanEval and MBPP together, with noise against without", "77.0 against 76.6"],
     ["noise length", "4 is better than 1 (little faster) and 8 (less accurate)"],
 ]
+
+
+def commands_table(records: list[dict]) -> str:
+    """The runs that the records of a file come from."""
+    rows = [[f"`{r['command']}`", r["commit"], r["device"]] for r in records if "command" in r]
+    return table(["command", "commit", "device"], rows)
 
 
 def results_text(results: dict[str, dict]) -> str:
@@ -140,14 +148,22 @@ def results_text(results: dict[str, dict]) -> str:
             continue
         text.append(f"## {title}\n")
         text.append(f"{words}\n")
-        commands = [[f"`{r['command']}`", r["commit"], r["device"]] for r in records if "command" in r]
-        text.append(table(["command", "commit", "device"], commands))
+        text.append(commands_table(records))
         if title in (TRADE, RIVALS):
             records = part_of(records, drafts=title == RIVALS)
         if title == TRADE:
             text.append(trade_table(records, base))
         text.append(learnt_table(records, base))
         text.append(speed_table(records, base))
+    if COMPARED.exists():
+        record = json.loads(COMPARED.read_text(encoding="utf-8"))
+        text.append("## Every way to draft, in one run\n")
+        text.append(
+            "`benchmarks/rivals.yaml`: one model, one loop, the methods in turns on each question. Tokens a pass with "
+            "their interval, of outputs that do not loop, and of all; tokens/s over those of `ar`.\n"
+        )
+        text.append(commands_table([record]))
+        text.append(as_table(record["arms"]))
     text.append("## Tasks\n")
     text.append("A draft-only adapter changes no answer, so it has no row.\n")
     text.append(tasks_section(results))

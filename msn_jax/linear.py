@@ -119,9 +119,10 @@ def _xla_product(x: Array, w: Array | Int8Weight, in_dims: int, dtype) -> Array:
     x_ins, w_ins = tuple(range(rows, x.ndim)), tuple(range(outs, w.ndim))
     precision = HIGHEST if w.dtype == jnp.float32 else None
     count = math.prod(x.shape[:rows])
+    wide = jnp.float32 if w.dtype == jnp.float32 else dtype  # cuBLAS makes no narrow products of wide factors
 
     def weight_right(x, w):
-        return jax.lax.dot_general(x.astype(w.dtype), w, ((x_ins, w_ins), ((), ())), precision, dtype)
+        return jax.lax.dot_general(x.astype(w.dtype), w, ((x_ins, w_ins), ((), ())), precision, wide).astype(dtype)
 
     def two_rows(x, w):
         # For one row of bfloat16 XLA:CPU widens the whole matrix first, which takes five times as long as two. XLA:TPU
@@ -133,8 +134,8 @@ def _xla_product(x: Array, w: Array | Int8Weight, in_dims: int, dtype) -> Array:
     def weight_left(x, w):
         flat = x.reshape(count, *x.shape[rows:])
         flat = jnp.pad(flat, ((0, _fast_rows(count) - count),) + ((0, 0),) * in_dims)
-        y = jax.lax.dot_general(w, flat, ((w_ins, tuple(range(1, flat.ndim))), ((), ())), precision, dtype)
-        y = jax.lax.optimization_barrier(y)  # or XLA turns the dot around again to spare the transpose
+        y = jax.lax.dot_general(w, flat, ((w_ins, tuple(range(1, flat.ndim))), ((), ())), precision, wide)
+        y = jax.lax.optimization_barrier(y).astype(dtype)  # or XLA turns the dot around again to spare the transpose
         return jnp.moveaxis(y[..., :count], -1, 0).reshape(*x.shape[:rows], *w.shape[:outs])
 
     # XLA:CPU repacks the right operand of a float32 dot on each call, or transposes it first: over SmolLM2's matrices

@@ -1,4 +1,5 @@
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -116,6 +117,18 @@ def test_bfloat16_weights_round_float32_rows_and_their_gradients(batch, rows):
     exact = np.einsum("btof,btnh->ofnh", rounded(y_bar), rounded(x))
     np.testing.assert_allclose(w_bar.astype(jnp.float32), exact, rtol=2**-8, atol=1e-4)
     assert x_bar.dtype == jnp.float32 and w_bar.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("w_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("x_dtype", ["float32", "bfloat16"])
+def test_products_and_their_gradients_are_no_narrower_than_what_they_are_of(x_dtype, w_dtype):
+    # cuBLAS has none of those: a program with one does not compile for a GPU.
+    x, w = jnp.ones((2, 80, 4), x_dtype), jnp.ones((5, 6, 4), w_dtype)
+    product = jax.value_and_grad(lambda x, w: linear(x, w).astype(jnp.float32).sum(), (0, 1))
+    kind = r"tensor<[^>]*?(b?f\d+)>"
+    types = re.findall(rf"dot_general.*: \({kind}, {kind}\) -> {kind}", jax.jit(product).lower(x, w).as_text())
+    assert len(types) >= 3
+    assert not [found for found in types if found[2] == "bf16" and "f32" in found[:2]]
 
 
 def test_bfloat16_is_close(tiny):
