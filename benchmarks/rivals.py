@@ -60,21 +60,27 @@ def row_of(lm: LM, plan: dict, arm: dict, config: DecodeConfig, rows: list[dict]
     """An arm's line of the table."""
     own = [row for row in rows if row["method"] == arm["method"]]
     sums = by_question({"answers": own}, arm["method"])
-    needs = arm.get("needs")
+    needs = needed(arm)
     return {
         **{name: arm.get(name, "") for name in ("method", "what", "differs")},
         "nodes": [tree.size for tree in trees_of(lm, config.method, config.tree, 1).trees],
-        "added_bytes": added.get(needs, 0),
-        "trained": trained_of(plan, needs) if needs else "",
+        "added_bytes": sum(added.get(name, 0) for name in needs),
+        "trained": "; ".join(trained_of(plan, name) for name in needs),
         "mat_no_loops_interval": mat_interval(sums) if sums else None,
         **figures(own, ar),
     }
 
 
-def trained_of(plan: dict, needs: str) -> str:
+def needed(arm: dict) -> list[str]:
+    """The names of what an arm needs: one by itself, or a list."""
+    needs = arm.get("needs", [])
+    return [needs] if isinstance(needs, str) else needs
+
+
+def trained_of(plan: dict, name: str) -> str:
     """How what an arm needs was trained."""
-    adapter = plan["adapters"].get(needs)
-    there = adapter and (needs != "draft" or Path(adapter["path"]).exists())
+    adapter = plan["adapters"].get(name)
+    there = adapter and (name != "draft" or Path(adapter["path"]).exists())
     return (adapter if there else plan["draft"])["trained"]
 
 
@@ -123,7 +129,7 @@ def main() -> None:
     questions = spread(read_questions(args.questions), args.limit)
     lm, added = load_all(plan)
     base = DecodeConfig(max_new_tokens=plan["max_new_tokens"])
-    arms = [arm for arm in plan["arms"] if "needs" not in arm or arm["needs"] in added]
+    arms = [arm for arm in plan["arms"] if all(name in added for name in needed(arm))]
     configs = {arm["method"]: parse_method(arm["method"], base) for arm in arms}
     run = {"plan": plan, "arms": list(configs), "questions": [q["question_id"] for q in questions]}
     kept = args.out / "answers.jsonl"

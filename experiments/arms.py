@@ -10,7 +10,7 @@ from msn_jax.decode.tree import NGRAMS, NOISE
 from msn_jax.decode.tree_sets import TREE_SETS
 from msn_jax.errors import InputError
 
-NOISY = ("paper", "several", "several-1", "several-4", "several-8", "random")
+NOISY = ("paper", "several", "several-1", "several-8", "random")
 COMPARED = ("jacobi", "tr-jacobi")  # methods whose tokens a pass are compared between arms
 
 

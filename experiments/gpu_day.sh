@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # One lease of a GPU of 15 minutes, in calls of at most 10: rivals trained on the rows and for the steps of the shipped
-# adapter, then the trade-off of noise beside the text (experiments/learn.py). On an H200 a step of 32 rows took 0.10 s
-# with the adapter, of 8 rows 0.04 s with plain and 0.06 s beside; by their arithmetic Medusa's heads take 0.10 s, first
-# layers and EAGLE 0.08 s. So the rivals take about 500 s in all, each setting 8 s a seed, and a start 20 to 80 s.
+# adapter, then the trade-off of noise beside the text (experiments/learn.py). On an H100 a step of 32 rows took 0.047 s
+# with EAGLE's head, 0.065 s with Medusa's, 0.076 s with first layers; of 8 rows 0.045 s plain, 0.07 to 0.10 s beside. So
+# the rivals take 360 s, each setting 10 s a seed and 6 s for its tokens a pass, and a start 20 to 80 s.
 #   bash experiments/gpu_day.sh pack QUESTIONS.jsonl REPLIES ROWS.jsonl.gz ...
 # here: fills pack/ (ignored by git) and prints the calls. REPLIES: a folder with own.jsonl and held.jsonl of an earlier
 # run of learn.py, or - where there is none: the GPU then answers the prompts of ROWS first, in 50 s more.
@@ -77,7 +77,7 @@ run() {
   if [ -d "$kept/prompts" ]; then prompts=(--prompts "$kept"/prompts/* --answer_seconds 50); fi
   timeout $((seconds + 30)) "$python" -m experiments.learn --ckpt runs/smollm2.gguf --base smollm2-135m-instruct \
     --questions "$kept/questions.jsonl" --out runs/gpu_day --arms "$ARMS" --seeds 0,1 --limit 52 --most_rows 16384 \
-    --answer_batch 512 --figure_seconds 15 --seconds "$seconds" "${TREES[@]}" ${SMALL:-} "${prompts[@]}" "$@" \
+    --answer_batch 512 --figure_seconds 40 --seconds "$seconds" "${TREES[@]}" ${SMALL:-} "${prompts[@]}" "$@" \
     2>&1 | tee "$out/log.txt" || code=$?
   cp runs/gpu_day/learn.jsonl "$out/"
   for folder in runs/gpu_day/{medusa,eagle,layers,plain-120x8,beside}-*seed0; do

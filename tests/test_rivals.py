@@ -26,7 +26,7 @@ def test_every_arm_of_the_plan_has_trees():
     assert names[0] == "ar" and len(set(names)) == len(names)
     for arm in plan["arms"]:
         tree_set(*arm["method"].split(":"))
-        assert arm.get("needs") in (None, "draft", *plan["adapters"])
+        assert {*rivals.needed(arm)} <= {"draft", *plan["adapters"]}
         assert {*arm} <= {"method", "what", "needs", "differs"}
 
 
@@ -55,7 +55,9 @@ def test_a_table_from_a_tiny_model(tmp_path, tiny_ckpt, monkeypatch, capsys):
             arm("eagle:eagle5", needs="eagle"),
             arm("draft-model:model4", needs="draft"),
             arm("ngrams:grams8", needs="ngrams"),
+            arm("tr-jacobi:found8", needs=["ngrams", "medusa"]),
             arm("tr-jacobi:draft", needs="noise"),
+            arm("tr-jacobi:both16", needs=["ngrams", "noise"]),
         ],
     }
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
@@ -74,14 +76,17 @@ def test_a_table_from_a_tiny_model(tmp_path, tiny_ckpt, monkeypatch, capsys):
         "eagle:eagle5",
         "draft-model:model4",
         "ngrams:grams8",
+        "tr-jacobi:found8",
     ]
-    assert [row["nodes"] for row in rows] == [[1], [15], [8], [5], [4], [8]] and rows[1]["differs"] == "sizes"
-    assert [row["identical"] for row in rows] == [4] * 6 == [row["outputs"] for row in rows]
+    assert [row["nodes"] for row in rows] == [[1], [15], [8], [5], [4], [8], [8]] and rows[1]["differs"] == "sizes"
+    assert [row["identical"] for row in rows] == [4] * 7 == [row["outputs"] for row in rows]
     cfg = load(tiny_ckpt).cfg
     D, layer = cfg.embed, declare(cfg).layers[0]
     eagle = 3 * D * D + parameter_count(layer) + parameter_count(layer.qkv) + D + 20 + 20 * D
     heads = 3 * D * (D + 1)
-    assert [row["added_bytes"] for row in rows] == [0, 0, 4 * heads, 4 * eagle, 0, 16 * 4 * (4 + 2 * 8)]
+    ngrams = 16 * 4 * (4 + 2 * 8)
+    assert [row["added_bytes"] for row in rows] == [0, 0, 4 * heads, 4 * eagle, 0, ngrams, ngrams + 4 * heads]
+    assert rows[-1]["trained"] == "counted; not at all"
     assert "| `medusa:medusa8` | 8 |" in shown and "not at all" in shown and "| 0 MB, no |" in shown
 
     lora = LoraConfig(rank=2, draft_layers=2)
