@@ -30,6 +30,20 @@ def test_every_arm_of_the_plan_has_trees():
         assert {*arm} <= {"method", "what", "needs", "differs"}
 
 
+def test_programs_go_where_the_process_has_many_maps(tmp_path, monkeypatch):
+    maps = tmp_path / "maps"
+    program = jax.jit(lambda x: x + 1)
+    program(1)
+    rivals.forget_programs(maps)  # of another system
+    maps.write_text("a map\n" * 3)
+    monkeypatch.setattr(rivals, "MOST_MAPS", 3)
+    rivals.forget_programs(maps)
+    assert program._cache_size() == 1
+    monkeypatch.setattr(rivals, "MOST_MAPS", 2)
+    rivals.forget_programs(maps)
+    assert program._cache_size() == 0
+
+
 def test_a_table_from_a_tiny_model(tmp_path, tiny_ckpt, monkeypatch, capsys):
     heads = jax.tree.map(lambda x: x + 0.1, init_heads(load(tiny_ckpt).cfg, 3))
     save_adapter(tmp_path / "heads", heads, LoraConfig(), "tiny")
