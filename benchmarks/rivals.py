@@ -30,8 +30,6 @@ from msn_jax.records import keep_rows, run_record
 from msn_jax.terminal import run_command
 
 PLAN = Path(__file__).parent / "rivals.yaml"
-# XLA:CPU takes several memory maps for each program, and Linux gives a process 65,530. Past them LLVM ends it.
-MOST_MAPS = 40_000
 # The field of LM that an adapter of the plan fills.
 PARTS = {"noise": "drafter", "medusa": "heads", "eagle": "eagle", "ngrams": "ngrams", "draft": "draft"}
 
@@ -118,12 +116,6 @@ def as_table(rows: list[dict[str, Any]]) -> str:
     return table(head, lines)
 
 
-def forget_programs(maps: Path = Path("/proc/self/maps")) -> None:
-    """Let compiled programs go where many are held: each method has its own for each size of the cache."""
-    if maps.exists() and len(maps.read_text().splitlines()) > MOST_MAPS:
-        jax.clear_caches()
-
-
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--plan", type=Path, default=PLAN, help="what to compare; left out: rivals.yaml beside this file")
@@ -143,7 +135,6 @@ def main() -> None:
     kept = args.out / "answers.jsonl"
     done = read_done(kept, run)
     for question in tqdm(questions[len(done) :], total=len(questions), initial=len(done), unit="question"):
-        forget_programs()
         done.append(answer_group(lm, [question], configs))
         keep_rows(kept, [done[-1]])
     rows = [row for group in done for row in group]

@@ -14,6 +14,7 @@ import dataclasses
 from collections import defaultdict
 from pathlib import Path
 
+import jax
 from tqdm import tqdm
 
 from msn_jax import DecodeConfig, InputError, kernels, load
@@ -25,6 +26,9 @@ from msn_jax.io.loading import DTYPES
 from msn_jax.questions import read_questions, spread
 from msn_jax.records import keep_rows, kept_rows, print_record
 from msn_jax.terminal import run_command
+
+# XLA:CPU takes several memory maps for each program, and Linux gives a process 65,530. Past them LLVM ends it.
+MOST_MAPS = 40_000
 
 
 def split_method(text: str) -> tuple[str, str, str]:
@@ -80,8 +84,16 @@ def read_done(path: Path | None, run: dict) -> list[list[dict]]:
     return lines[1:]
 
 
+def forget_programs(lm, maps: Path = Path("/proc/self/maps")) -> None:
+    """Let compiled programs go where many are held: each method has its own for each size of the cache."""
+    if maps.exists() and len(maps.read_text().splitlines()) > MOST_MAPS:
+        jax.clear_caches()
+        lm.ran.clear()  # or they would be compiled again in what is timed
+
+
 def answer_group(lm, group: list[dict], arms: dict[str, DecodeConfig]) -> list[dict]:
     """All turns of a few questions by every method, in turn."""
+    forget_programs(lm)
     rows = []
     history = {q["question_id"]: [] for q in group}
     for turn in range(max(len(q["turns"]) for q in group)):

@@ -32,7 +32,7 @@ from msn_jax.terminal import run_command
 
 ROOT = Path(__file__).parent.parent
 LEARNING = ROOT / "results" / "learning"
-COMPARED = ROOT / "results" / "rivals" / "rivals.json"
+RIVALS_RUN = ROOT / "results" / "rivals" / "rivals.json"
 TRADE, RIVALS = "The trade-off of noise beside the text", "Rivals, trained as long as the shipped adapter"
 # What experiments.learn found on an accelerator: file, the arm that others are compared with, what it shows.
 LEARNT = {
@@ -158,8 +158,8 @@ def results_text(results: dict[str, dict]) -> str:
             text.append(trade_table(records, base))
         text.append(learnt_table(records, base))
         text.append(speed_table(records, base))
-    if COMPARED.exists():
-        record = json.loads(COMPARED.read_text(encoding="utf-8"))
+    if RIVALS_RUN.exists():
+        record = json.loads(RIVALS_RUN.read_text(encoding="utf-8"))
         text.append("## Every way to draft, in one run\n")
         text.append(
             "`benchmarks/rivals.yaml`: one model, one loop, the methods in turns on each question. Tokens a pass with "

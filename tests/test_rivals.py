@@ -1,12 +1,13 @@
 """The table of rivals: what is compared, what is left out, and its figures, from a run on a tiny model."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import pytest
 import yaml
 
-from benchmarks import rivals
+from benchmarks import rivals, spec_bench
 from msn_jax import InputError, load
 from msn_jax.adapters import init_trained
 from msn_jax.config import LoraConfig, NoiseConfig
@@ -31,17 +32,17 @@ def test_every_arm_of_the_plan_has_trees():
 
 
 def test_programs_go_where_the_process_has_many_maps(tmp_path, monkeypatch):
-    maps = tmp_path / "maps"
+    maps, lm = tmp_path / "maps", SimpleNamespace(ran={"a program"})
     program = jax.jit(lambda x: x + 1)
     program(1)
-    rivals.forget_programs(maps)  # of another system
+    spec_bench.forget_programs(lm, maps)  # of another system
     maps.write_text("a map\n" * 3)
-    monkeypatch.setattr(rivals, "MOST_MAPS", 3)
-    rivals.forget_programs(maps)
-    assert program._cache_size() == 1
-    monkeypatch.setattr(rivals, "MOST_MAPS", 2)
-    rivals.forget_programs(maps)
-    assert program._cache_size() == 0
+    monkeypatch.setattr(spec_bench, "MOST_MAPS", 3)
+    spec_bench.forget_programs(lm, maps)
+    assert program._cache_size() == 1 and lm.ran
+    monkeypatch.setattr(spec_bench, "MOST_MAPS", 2)
+    spec_bench.forget_programs(lm, maps)
+    assert program._cache_size() == 0 and not lm.ran  # what is compiled again is warmed up again
 
 
 def test_a_table_from_a_tiny_model(tmp_path, tiny_ckpt, monkeypatch, capsys):
