@@ -1,4 +1,4 @@
-"""Trees by measurement: the survey against the loop, and the choice from figures made by hand."""
+"""Trees by measurement: the survey against the loop, and what is kept in the end."""
 
 import dataclasses
 import json
@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import decode_all
+from test_grow import CYCLES
 
 from msn_jax import InputError
 from msn_jax.decode import tree_file, tree_set, tune
+from msn_jax.decode.grow import Cycles, build, cut_out, tokens_of
 from msn_jax.decode.tree import (
     DRAFT_MODEL,
     EAGLE,
@@ -49,44 +51,11 @@ def test_a_tree_cut_from_the_survey_takes_as_many_tokens_as_was_seen(lm):
     cycles = tune.survey(lm, PROMPTS, 40, batch=2)
     assert cycles.right.any(axis=1).mean() > 0.1 and cycles.match.max() > 1
     everything = range(1, cycles.right.shape[1])
-    expected = tune.tokens_of(cycles, np.ones(len(cycles.match), bool), everything)
+    expected = tokens_of(cycles, np.ones(len(cycles.match), bool), everything)
     trees = TreeSet("survey", (cycles.tree,), (0,), sources=(tune.Survey(),))
     state, _ = decode_all(lm.params, lm.cfg, trees, PROMPTS, max_new_tokens=40)
     passes = [state.accepted[b, : state.forwards[b] - 1] for b in range(3)]
     assert expected == pytest.approx(np.concatenate(passes).mean())
-
-
-HAND = TreeSpec(
-    "hand",
-    (-1, 0, 1, 0, 0, 4),
-    ((ROOT, 0), (RETRIEVAL, 0), (RETRIEVAL, 0), (RECYCLING, 0), (RECYCLING, 1), (RECYCLING, 0)),
-    twins=True,
-)
-#                                root 1  2  3  4  5
-RIGHT = np.array([[1, 0, 0, 1, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 0, 0, 0, 1, 0]], bool)
-CYCLES = tune.Cycles(HAND, RIGHT, np.array([0, 8, 8, 0]))
-
-
-def test_nodes_are_added_by_what_they_bring():
-    whole = np.ones(4, bool)
-    assert tune.grow(CYCLES, whole, 9) == ([1, 2, 3, 4], [1, 1.5, 2, 2.25, 2.5])  # node 5 was never right
-    assert tune.grow(CYCLES, np.arange(4) == 3, 9) == ([4], [1, 2])
-    assert tune.tokens_of(CYCLES, whole, [2, 3]) == 1 + (1 + 2 + 2) / 4
-
-
-def test_a_set_has_for_each_match_what_pays():
-    trees, figures = tune.build(CYCLES, {1: 1.0, 2: 1.1, 3: 1.2, 8: 9.0}, "made", noise=0)
-    # Without a match two recycled nodes, with a long one two retrieved ones: 2 and 3 tokens for 1.2.
-    assert [tree.size for tree in trees.trees] == [3, 3] and trees.min_match == (0, 6)
-    assert trees.trees[0].sources == ((ROOT, 0), (RECYCLING, 0), (RECYCLING, 1))
-    assert trees.trees[1].sources == ((ROOT, 0), (RETRIEVAL, 0), (RETRIEVAL, 0))
-    assert trees.worth[0][0] == 2 and trees.worth[1][-1] == 3 and trees.cost == (1200, 1200)
-    assert figures == {"tokens_a_pass": 2.5, "ratio_to_one_token": 2.083, "nodes": [3, 3]}
-    dear, _ = tune.build(CYCLES, {1: 1.0, 2: 9.0, 8: 9.0}, "dear", noise=0)
-    assert [tree.size for tree in dear.trees] == [1]
-    # With a long match 3 tokens for 2.9 or 3.1, else one: 4 / 3.9 of one token a pass, or 4 / 4.1.
-    sizes = lambda cost: [tree.size for tree in tune.build(CYCLES, {1: 1.0, 3: cost}, "near", noise=0)[0].trees]
-    assert sizes(2.9) == [1, 3] and sizes(3.1) == [1]
 
 
 def test_sizes_are_timed_in_turns(monkeypatch):
@@ -102,13 +71,6 @@ def test_sizes_are_timed_in_turns(monkeypatch):
     monkeypatch.setattr(tune, "timed_pass", timed_pass)
     assert tune.costs(None, 1) == {1: 2.0, 2: 4.0, 3: 6.0, 4: 8.0}  # 4 nodes cost more than any tree is worth
     assert timed[4:12] == [1, 2, 3, 4] * 2
-
-
-def test_a_cut_tree_keeps_second_choices_and_noise():
-    tree = tune.cut_out(HAND, [1, 3, 4, 5], "cut", noise=3)
-    assert tree.parents == (-1, 0, 0, 0, 3, 0, 5, 6)
-    second = ((RECYCLING, 0), (RECYCLING, 1)), ((RECYCLING, 1), (RECYCLING, 2))
-    assert tree.sources == ((ROOT, 0), (RETRIEVAL, 0), *second, (RECYCLING, 0), *[(NOISE, 0)] * 3)
 
 
 @pytest.mark.slow
@@ -132,7 +94,7 @@ def test_what_was_fastest_in_the_end_is_kept(lm, monkeypatch, seconds, taken):
     monkeypatch.setattr(tune, "costs", lambda lm, batch, noise: {1: 1.0, 2: 1.1, 3: 1.2, 8: 9.0})
     monkeypatch.setattr(tune, "race", lambda lm, sets, *_: seconds)
     sets, figures = tune.tune(lm, PROMPTS, batches=(1,), say=str)
-    made = tune.build(CYCLES, {1: 1.0, 2: 1.1, 3: 1.2, 8: 9.0}, "tuned1", noise=0)[0]
+    made = build(CYCLES, {1: 1.0, 2: 1.1, 3: 1.2, 8: 9.0}, "tuned1", noise=0)[0]
     assert sets[1] == {"none": TREE_SETS["root"], "default": TREE_SETS["adaptive"], "tuned": made}[taken]
     assert figures["batches"][1]["taken"] == taken
 
@@ -152,15 +114,6 @@ def test_a_file_may_say_that_no_draft_pays(tmp_path):
     path = tmp_path / "trees.json"
     tree_file.write(path, {1: TREE_SETS["root"]}, {})
     assert tree_set("lookup", str(path)).width == 1
-
-
-def test_other_drafts_count_as_wrong():
-    right = CYCLES.only((RECYCLING,)).right
-    assert right[:, 1:3].sum() == 0 and (right[:, [0, 3, 4, 5]] == RIGHT[:, [0, 3, 4, 5]]).all()
-    under = tune.Cycles(
-        TreeSpec("under", (-1, 0, 1), ((ROOT, 0), (RETRIEVAL, 0), (RECYCLING, 0))), RIGHT[1:2, :3], None
-    )
-    assert under.only((RECYCLING,)).right.tolist() == [[True, False, False]]
 
 
 def some_head(lm, name):
@@ -193,7 +146,7 @@ def test_trees_of_one_source_alone(lm, monkeypatch, method, name):
 def test_noise_stays_where_it_brings_more_than_it_costs(lm, monkeypatch, dear):
     spec = TreeSpec("both", (-1, 0, 0), ((ROOT, 0), ((JACOBI, 0), (RECYCLING, 0)), (RECYCLING, 0)))
     right = np.array([[1, 1, 0], [1, 1, 1]], bool)
-    monkeypatch.setattr(tune, "survey", lambda *_, **__: tune.Cycles(spec, right, np.zeros(2, int)))
+    monkeypatch.setattr(tune, "survey", lambda *_, **__: Cycles(spec, right, np.zeros(2, int)))
     monkeypatch.setattr(tune, "costs", lambda lm, batch, noise: {1: 1.0, 2: 1.1, 4: 1.1 * dear if noise else 1.1})
     monkeypatch.setattr(tune, "race", lambda lm, sets, *_: [3.0, 2.0, 1.0][: len(sets)])
     lm = SimpleNamespace(**vars(lm) | {"drafter": SimpleNamespace(noise_embed=np.zeros((2, 4)))})
@@ -205,21 +158,12 @@ def test_noise_stays_where_it_brings_more_than_it_costs(lm, monkeypatch, dear):
     )
 
 
-def test_a_tree_has_a_size_that_was_timed():
-    drafts = (-1, *[0] * 5)
-    wide = TreeSpec("wide", drafts, ((ROOT, 0), *[(RECYCLING, rank) for rank in range(5)]))
-    right = np.eye(6, dtype=bool) | (np.arange(6) == 0)[None]
-    cycles = tune.Cycles(wide, right, np.zeros(6, int))
-    trees, _ = tune.build(cycles, {1: 1.0, 4: 1.01, 8: 1.3}, "sizes", noise=0)
-    assert trees.trees[0].size == 4  # 5 and 6 would seem to be worth it, but nobody has timed them
-
-
 def test_with_ngrams_the_survey_asks_them_in_place_of_recycling():
     tree = tune.survey_tree(0, NGRAMS)
     assert not tune.survey_tree(0).kind(NGRAMS).any() and not tree.kind(RECYCLING).any()
     long = [node for node, wants in enumerate(tree.wants) if wants == ((RETRIEVAL, 0), (NGRAMS, 0))]
     first = next(node for node in np.flatnonzero(tree.kind(NGRAMS)) if tree.parents[node] == 0)
-    cut = tune.cut_out(tree, [int(first), *long[:2]], "cut", noise=False)
+    cut = cut_out(tree, [int(first), *long[:2]], "cut", noise=False)
     assert cut.parents == (-1, 0, 0, 2)
     # The chain's first node stands beside one of n-grams, and takes the next of these where that one has its token.
     assert cut.sources[1:] == ((NGRAMS, 0), ((RETRIEVAL, 0), (NGRAMS, 0), (NGRAMS, 1)), ((RETRIEVAL, 0), (NGRAMS, 0)))
