@@ -2,7 +2,8 @@
 
     python -m experiments.learn_table OUT/learn.jsonl [--base plain] [--trade]
 
-With --base "" nothing is compared. Seeds of an arm are taken together. Intervals are 95%, by question (statistics.py).
+With --base "" nothing is compared. Seeds of an arm are taken together; a comparison takes those that both arms have.
+Intervals are 95%, by question (statistics.py).
 """
 
 from __future__ import annotations
@@ -48,20 +49,30 @@ def trained_runs(records: list[dict]) -> dict[str, list[dict]]:
     return found
 
 
-def mean_losses(found: dict[str, list[dict]]) -> dict[str, float]:
-    return {arm: np.mean([run["held_out"]["loss"] for run in runs]) for arm, runs in found.items()}
+def shared_seeds(own: Iterable, other: Iterable) -> tuple[set, set]:
+    """The seeds that two arms are compared by: those of both, or all of each where they share none."""
+    both = {*own} & {*other}
+    return (both, both) if both else ({*own}, {*other})
 
 
-def loss_over(arm: str, losses: dict[str, float], base: str) -> str:
+def seed_losses(found: dict[str, list[dict]]) -> dict[str, dict[int, float]]:
+    """Held-out clean loss of each arm by seed."""
+    return {arm: {run["seed"]: run["held_out"]["loss"] for run in runs} for arm, runs in found.items()}
+
+
+def loss_over(arm: str, losses: dict[str, dict[int, float]], base: str) -> str:
     """Held-out clean loss in percent over that of the base arm."""
-    other = base_of(arm, losses, base)
-    return "" if other is None else f"{100 * (losses[arm] / losses[other] - 1):+.1f}%"
+    if (other := base_of(arm, losses, base)) is None:
+        return ""
+    seeds = shared_seeds(losses[arm], losses[other])
+    mine, theirs = (np.mean([losses[a][seed] for seed in own]) for a, own in zip((arm, other), seeds, strict=True))
+    return f"{100 * (mine / theirs - 1):+.1f}%"
 
 
 def learnt_table(records: list[dict], base: str) -> str:
     """Steps, held-out loss and the noise's accuracy by depth of each arm, means over its seeds."""
     found = trained_runs(records)
-    losses, rows = mean_losses(found), []
+    losses, rows = seed_losses(found), []
     for arm, runs in found.items():
         over = "" if only_drafts(runs[0]) else loss_over(arm, losses, base)
         shares = [over] if base else []
@@ -69,7 +80,8 @@ def learnt_table(records: list[dict], base: str) -> str:
             names = sorted(name for name in runs[0]["held_out"] if name.startswith(f"top{k}_depth"))
             shares.append(", ".join(f"{np.mean([r['held_out'][name] for r in runs]):.3f}" for name in names))
         speed = f"{np.mean([r['step_s'] for r in runs]):.4f}"
-        rows.append([arm, str(len(runs)), str(runs[0]["steps"]), speed, f"{losses[arm]:.4f}", *shares])
+        loss = f"{np.mean(list(losses[arm].values())):.4f}"
+        rows.append([arm, str(len(runs)), str(runs[0]["steps"]), speed, loss, *shares])
     head = ["arm", "seeds", "steps", "s a step", "held-out loss", *compared_with(base)]
     return table([*head, "first of one, by depth", "one of ten"], rows)
 
@@ -80,41 +92,47 @@ def compared_with(base: str) -> list[str]:
 
 
 def accepted(records: list[dict]) -> dict[tuple, dict]:
-    """(arm, dtype, method, its place) -> sums by question of answers that do not loop, seeds together."""
-    sums: dict[tuple, list[dict]] = {}
+    """(arm, dtype, method, its place) -> seed -> sums by question of answers that do not loop."""
+    sums: dict[tuple, dict] = {}
     for record in records:
         if "answers" in record and not record["arm"].startswith("new "):
             for place, method in enumerate(record["methods"]):
-                key = record["arm"], record.get("dtype", ""), method, place
-                sums.setdefault(key, []).append(by_question(record, method))
-    return {
-        key: {q: tuple(map(sum, zip(*(p[q] for p in parts if q in p), strict=True))) for q in set().union(*parts)}
-        for key, parts in sums.items()
-    }
+                if found := by_question(record, method):
+                    key = record["arm"], record.get("dtype", ""), method, place
+                    sums.setdefault(key, {})[record.get("seed")] = found
+    return sums
+
+
+def together(parts: dict, seeds: Iterable) -> dict[int, tuple[int, int]]:
+    """The sums of so many seeds, by question."""
+    parts = [parts[seed] for seed in seeds]
+    return {q: tuple(map(sum, zip(*(p[q] for p in parts if q in p), strict=True))) for q in set().union(*parts)}
 
 
 def speed_over(key: tuple, speeds: dict[tuple, dict], base: str) -> str:
     """Tokens a pass of an arm's method over those of the base arm by the method of the same place."""
-    by_arm = {other[0]: found for other, found in speeds.items() if other[3] == key[3] and found}
-    other = base_of(key[0], by_arm, base)
-    return "" if other is None or not speeds[key] else interval(mat_ratio(speeds[key], by_arm[other]), 3)
+    by_arm = {other[0]: parts for other, parts in speeds.items() if other[3] == key[3]}
+    if (other := base_of(key[0], by_arm, base)) is None:
+        return ""
+    own, theirs = shared_seeds(speeds[key], by_arm[other])
+    return interval(mat_ratio(together(speeds[key], own), together(by_arm[other], theirs)), 3)
 
 
 def speed_table(records: list[dict], base: str) -> str:
-    """Tokens a pass of answers that do not loop, seeds together, and over the base arm's method of the same place."""
+    """Tokens a pass of answers that do not loop, and over the base arm's method of the same place."""
     speeds = accepted(records)
-    rows = [
-        [*key[:3], str(len(found)), interval(mat_interval(found)), *([speed_over(key, speeds, base)] if base else [])]
-        for key, found in speeds.items()
-        if found
-    ]
-    return table(["arm", "dtype", "method", "questions", "tokens a pass", *compared_with(base)], rows)
+    rows = []
+    for key, parts in speeds.items():
+        found = together(parts, parts)
+        mine = [str(len(found)), interval(mat_interval(found))]
+        rows.append([*key[:3], str(len(parts)), *mine, *([speed_over(key, speeds, base)] if base else [])])
+    return table(["arm", "dtype", "method", "seeds", "questions", "tokens a pass", *compared_with(base)], rows)
 
 
 def trade_table(records: list[dict], base: str) -> str:
     """What each setting of noise costs on clean text and buys, an arm a row, over the base arm of the same steps."""
     found, speeds = trained_runs(records), accepted(records)
-    losses, rows = mean_losses(found), []
+    losses, rows = seed_losses(found), []
     for arm, runs in found.items():
         noise, lora, size = runs[0]["noise"], runs[0]["lora"], arm.partition("@")[2]
         if only_drafts(runs[0]) or noise["kind"] == "none":

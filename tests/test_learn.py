@@ -224,9 +224,9 @@ def test_the_same_command_trains_what_is_left(tmp_path, tiny_ckpt, monkeypatch, 
 
 
 def test_settings_are_set_against_plain_of_the_same_steps():
-    def records(arm, loss, forwards, **noise):
+    def records(arm, loss, forwards, seed=0, **noise):
         settings = {"kind": "ahead", "layout": "beside", "mark": True, "weight": 0.5, "anchors": 48, "target": "label"}
-        run = {"arm": arm, "seed": 0, "steps": 1, "step_s": 1.0, "held_out": {"loss": loss}}
+        run = {"arm": arm, "seed": seed, "steps": 1, "step_s": 1.0, "held_out": {"loss": loss}}
         run |= {"noise": settings | {"length": 4, "loss": "kl"} | noise, "lora": {"draft_only": False, "rank": 16}}
         row = lambda method, forwards: {
             "question_id": 1,
@@ -236,20 +236,23 @@ def test_settings_are_set_against_plain_of_the_same_steps():
             "rep4_frac": 0.0,
         }
         answers = [row("jacobi:x", forwards), row("tr-jacobi:x", 30)]
-        return [run, {"arm": arm, "seed": 0, "methods": {"jacobi:x": {}, "tr-jacobi:x": {}}, "answers": answers}]
+        return [run, {"arm": arm, "seed": seed, "methods": {"jacobi:x": {}, "tr-jacobi:x": {}}, "answers": answers}]
 
     found = records("plain@9x8", 2.0, 60, kind="none") + records("plain@99x8", 1.0, 30, kind="none")
     found += records("beside-marked@9x8", 2.02, 40) + records("beside-marked-model@99x8", 1.05, 20, target="model")
+    # The third has the second seed alone, and is set against that of plain.
+    found += records("plain@9x8", 4.0, 120, seed=1) + records("beside@9x8", 4.04, 80, seed=1, mark=False)
+    found += records("beside-marked@9x8", 4.12, 80, seed=1)
     heads = records("medusa-4@9x8", 9.0, 10)
     heads[0]["heads"] = {"kind": "medusa"}
     lines = [
         [cell.strip() for cell in line.split("|")[1:-1]] for line in trade_table(found + heads, "plain").split("\n")
     ]
+    same = ["1.500 (1.500 to 1.500)", "1.000 (1.000 to 1.000)"]
     assert lines[2:-1] == [
-        ["beside, marked", "9x8", "1", "0.5", "48", "label", "4", "16", "+1.0%"]
-        + ["1.500 (1.500 to 1.500)", "1.000 (1.000 to 1.000)"],
-        ["beside, marked", "99x8", "1", "0.5", "48", "model, kl", "4", "16", "+5.0%"]
-        + ["1.500 (1.500 to 1.500)", "1.000 (1.000 to 1.000)"],
+        ["beside, marked", "9x8", "2", "0.5", "48", "label", "4", "16", "+2.3%", *same],
+        ["beside, marked", "99x8", "1", "0.5", "48", "model, kl", "4", "16", "+5.0%", *same],
+        ["beside", "9x8", "1", "0.5", "48", "label", "4", "16", "+1.0%", *same],
     ]
     assert {row["arm"] for row in part_of(found + heads, drafts=True)} == {"medusa-4@9x8"}
     assert "medusa-4@9x8" not in {row["arm"] for row in part_of(found + heads, drafts=False)}
