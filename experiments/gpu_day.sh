@@ -22,8 +22,8 @@ SETTINGS+=,beside-marked-model-l1-w0.25,beside-marked-w0.25-a24
 LONG=plain@1000x8,beside-marked-w0.25@1000x8
 ARMS=${ARMS:-$RIVALS,${SETTINGS//,/@120x8,}@120x8,$LONG}
 # Trees at the same place of both lists are compared. None has n-grams.
-TREES=(--methods "jacobi:small13,tr-jacobi:small13,tr-jacobi:mix16")
-TREES+=(--marked_methods "jacobi:draft13,tr-jacobi:draft13mix,tr-jacobi:ahead")
+TREES=(--methods "jacobi:small13,tr-jacobi:small13,tr-jacobi:mix16,tr-jacobi:mix64")
+TREES+=(--marked_methods "jacobi:draft13,tr-jacobi:draft13mix,tr-jacobi:ahead,tr-jacobi:wide64")
 if [ -n "${SMALL:-}" ]; then
   ARMS=medusa-4@2x2,eagle@2x2,layers-1-int8-l1@2x2,plain@2x2,beside-marked-model-w0.25@2x2,beside-marked-w0.25-n3@2x2
   ARMS+=,plain@4x2,beside-marked-w0.25-f16@4x2
