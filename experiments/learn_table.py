@@ -28,9 +28,18 @@ def only_drafts(run: dict) -> bool:
 
 
 def part_of(records: list[dict], drafts: bool) -> list[dict]:
-    """The records of arms that only draft or of the others, with what all are compared with."""
+    """The records of arms that only draft or of the others, with what all are compared with, and their runs."""
     arms = {record["arm"] for record in records if "steps" in record and only_drafts(record) is drafts}
-    return [record for record in records if record.get("arm") in {*arms, "untouched", None}]
+    found, run = [], None
+    for record in records:
+        if "command" in record:
+            run = record
+        elif record.get("arm") in {*arms, "untouched"}:
+            if run and record["arm"] in arms:
+                found.append(run)
+                run = None
+            found.append(record)
+    return found
 
 
 def base_of(arm: str, arms: Iterable[str], base: str) -> str | None:

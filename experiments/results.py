@@ -151,9 +151,9 @@ def results_text(results: dict[str, dict]) -> str:
             continue
         text.append(f"## {title}\n")
         text.append(f"{words}\n")
-        text.append(commands_table(records))
         if title in (TRADE, RIVALS):
             records = part_of(records, drafts=title == RIVALS)
+        text.append(commands_table(records))
         if title == TRADE:
             text.append(trade_table(records, base))
         text.append(learnt_table(records, base))

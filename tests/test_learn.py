@@ -255,4 +255,7 @@ def test_settings_are_set_against_plain_of_the_same_steps():
         ["beside", "9x8", "1", "0.5", "48", "label", "4", "16", "+1.0%", *same],
     ]
     assert {row["arm"] for row in part_of(found + heads, drafts=True)} == {"medusa-4@9x8"}
+    runs = [{"command": "a"}, *found, {"command": "b"}, *heads, {"command": "c"}]
+    commands = lambda drafts: [row["command"] for row in part_of(runs, drafts) if "command" in row]
+    assert (commands(True), commands(False)) == (["b"], ["a"])
     assert "medusa-4@9x8" not in {row["arm"] for row in part_of(found + heads, drafts=False)}
