@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.statistics import by_question, mat_interval, mat_ratio
+from experiments.statistics import by_question, mat_interval, mat_ratio, together
 from experiments.tables import interval, table
 from msn_jax.errors import InputError
 from msn_jax.records import kept_rows
@@ -112,19 +112,14 @@ def accepted(records: list[dict]) -> dict[tuple, dict]:
     return sums
 
 
-def together(parts: dict, seeds: Iterable) -> dict[int, tuple[int, int]]:
-    """The sums of so many seeds, by question."""
-    parts = [parts[seed] for seed in seeds]
-    return {q: tuple(map(sum, zip(*(p[q] for p in parts if q in p), strict=True))) for q in set().union(*parts)}
-
-
 def speed_over(key: tuple, speeds: dict[tuple, dict], base: str) -> str:
     """Tokens a pass of an arm's method over those of the base arm by the method of the same place."""
     by_arm = {other[0]: parts for other, parts in speeds.items() if other[3] == key[3]}
     if (other := base_of(key[0], by_arm, base)) is None:
         return ""
     own, theirs = shared_seeds(speeds[key], by_arm[other])
-    return interval(mat_ratio(together(speeds[key], own), together(by_arm[other], theirs)), 3)
+    sums = lambda parts, seeds: together([parts[seed] for seed in seeds])
+    return interval(mat_ratio(sums(speeds[key], own), sums(by_arm[other], theirs)), 3)
 
 
 def speed_table(records: list[dict], base: str) -> str:
@@ -132,7 +127,7 @@ def speed_table(records: list[dict], base: str) -> str:
     speeds = accepted(records)
     rows = []
     for key, parts in speeds.items():
-        found = together(parts, parts)
+        found = together(list(parts.values()))
         mine = [str(len(found)), interval(mat_interval(found))]
         rows.append([*key[:3], str(len(parts)), *mine, *([speed_over(key, speeds, base)] if base else [])])
     return table(["arm", "dtype", "method", "seeds", "questions", "tokens a pass", *compared_with(base)], rows)

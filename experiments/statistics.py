@@ -23,15 +23,18 @@ def by_question(speed: dict, method: str) -> dict[int, tuple[int, int]]:
     return dict(sums)
 
 
+def together(parts: list[dict[int, tuple[int, int]]]) -> dict[int, tuple[int, int]]:
+    """The sums of several runs, by question."""
+    return {q: tuple(map(sum, zip(*(p[q] for p in parts if q in p), strict=True))) for q in sorted(set().union(*parts))}
+
+
 def over_runs(runs: list[dict], dtype: str) -> dict[str, dict[int, tuple[int, int]]]:
     """`by_question` summed over runs, of each METHOD:TREE that all of them have measured in whatever batch."""
     speeds = [run["speed"][dtype] for run in runs]
     named = [{method.partition("@")[0]: method for method in speed["methods"]} for speed in speeds]
     sums = {}
     for method in (m for m in named[0] if all(m in names for names in named)):
-        parts = [by_question(speed, names[method]) for speed, names in zip(speeds, named, strict=True)]
-        questions = sorted(set().union(*parts))
-        sums[method] = {q: tuple(map(sum, zip(*(p[q] for p in parts if q in p), strict=True))) for q in questions}
+        sums[method] = together([by_question(s, names[method]) for s, names in zip(speeds, named, strict=True)])
     return sums
 
 
